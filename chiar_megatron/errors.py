@@ -1,0 +1,31 @@
+"""The exceptions a user can meet. Each message names the field, its value, the limit and the remedy.
+
+`assert` is kept for programmer errors; everything a user can cause raises one of these, which the
+command line turns into a short message and exit code 2.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, run the same command again
+
+
+class ChiarError(Exception):
+    """Base of all errors a user can cause; `str(error)` is the whole message."""
+
+
+class ConfigError(ChiarError):
+    """A recipe or an override is wrong, or its fields contradict each other."""
+
+
+class DataError(ChiarError):
+    """Text, tokenizer or tokenised data is missing, empty, or does not fit the model."""
+
+
+class LaunchError(ChiarError):
+    """Processes could not be started or could not find each other."""
+
+
+class CheckpointError(ChiarError):
+    """A checkpoint is missing, torn, or of another shape."""

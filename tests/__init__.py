@@ -1,0 +1,1 @@
+"""Tests: unit (one process), parallel (several gloo processes), slurm, gpu."""

@@ -1,0 +1,1 @@
+"""Which token takes which operator: scores, decisions, dispatch."""

@@ -21,7 +21,7 @@ class RouterConfig:
     (straight-through) softmax over operators, or a hash (the chance baseline)."""
 
     threshold: Optional[float] = None
-    """A token goes to attention iff its score is strictly above it. null: 0.8953 (the paper's midpoint)
+    """A token goes to attention iff its score is strictly above it. null: 0.8954 (the paper's midpoint)
     for entropy routers, 0 for `learned`, `1 - random_fraction` for `random`. Unused by soft and hard."""
 
     dc_power_weight: float = 1.0

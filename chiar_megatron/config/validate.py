@@ -68,7 +68,7 @@ LIMITS = (
         ("model.dropout", "model.meta_router.decay", "optimizer.beta1", "optimizer.beta2"),
     ),
     _Limit("between 0 and 4294967295", lambda value: 0 <= value < 2**32, ("training.seed",)),
-    _Limit("a finite number", math.isfinite, ("model.router.threshold", "model.meta_router.bias_init")),
+    _Limit("a number", math.isfinite, ("model.router.threshold", "model.meta_router.bias_init")),
 )  # fmt: skip
 """Every numeric field of the schema, under the limit that holds for it alone."""
 
@@ -83,7 +83,11 @@ def check_config(config: RunConfig, world_size: int | None = None) -> None:
     for limit in LIMITS:
         for path in limit.fields:
             value = value_at(config, path)
-            if value is not None and not (math.isfinite(value) and limit.holds(value)):
+            if value is None:
+                continue
+            if not math.isfinite(value):
+                problems.append(f"{path}: {shown(value)} must be finite and {limit.words}")
+            elif not limit.holds(value):
                 problems.append(f"{path}: {shown(value)} must be {limit.words}")
     if not config.run_dir.strip():
         problems.append("run_dir: is empty; name a folder such as runs/default")

@@ -82,7 +82,8 @@ TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_paral
         ({"training__steps": 0}, "training.steps: 0 must be at least 1"),
         ({"training__exit_after_minutes": -1.0}, "training.exit_after_minutes: -1.0 must be 0 or more"),
         ({"training__seed": 2**32}, "training.seed: 4294967296 must be between 0 and 4294967295"),
-        ({"optimizer__lr": float("nan")}, "optimizer.lr: nan must be above 0"),
+        ({"optimizer__lr": float("nan")}, "optimizer.lr: nan must be finite and above 0"),
+        ({"optimizer__lr": float("inf")}, "optimizer.lr: inf must be finite and above 0"),
         ({"optimizer__beta2": 1.0}, "optimizer.beta2: 1.0 must be 0 or more and below 1"),
         ({"optimizer__min_lr": 1.0}, "optimizer.min_lr: 1.0 must not be above optimizer.lr 0.0003; lower it"),
         ({"optimizer__warmup_steps": 101}, "optimizer.warmup_steps: 101 must not be "

@@ -19,7 +19,7 @@ from chiar_megatron.errors import ConfigError
         ("DRA", "DRA"),
         ("D(R A)*2(D)A*3", "DRARADAAA"),
         ("((D R)*2 A)*2", "DRDRADRDRA"),
-        (" D  R * 2 A ", "DRRA"),
+        (" D  R * 2\tA ", "DRRA"),
         ("A*02", "AA"),
     ],
 )

@@ -1,0 +1,258 @@
+"""Where the figures of a run go: `metrics.jsonl` and `events.jsonl` always, TensorBoard and wandb by option.
+
+After a resume at step S nothing that was written for steps after S counts any more: those steps run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+from chiar_megatron.config.schedule import parse_schedule
+from chiar_megatron.config.schema import LoggingConfig
+from chiar_megatron.errors import ChiarError, ConfigError
+from chiar_megatron.metrics.jsonl import JsonlWriter, LineFile, Metrics, read_lines
+
+_log = logging.getLogger(__name__)
+
+
+class RunWriter(Protocol):
+    """One place that figures go to."""
+
+    name: str
+    """For messages."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write the figures of one step. Raises OSError if they cannot be written."""
+
+    def close(self) -> None:
+        """Write what is pending. Raises OSError if it cannot be written."""
+
+
+def flatten(metrics: Metrics, routed_layers: Sequence[int]) -> dict[str, float]:
+    """Scalars by name, for tools that know nothing else; None is left out.
+
+    Args:
+        metrics: figures of one step.
+        routed_layers: number in the model (the first layer is 1) of each entry of a per-layer list, which
+            becomes `routed_fraction/layer_3`. Names become `validation/wiki`.
+    """
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}/{name}": inner for name, inner in value.items()})
+        elif isinstance(value, Sequence):
+            flat.update({f"{key}/layer_{n}": inner for n, inner in zip(routed_layers, value, strict=True)})
+        elif value is not None and key != "step":
+            flat[key] = value
+    return flat
+
+
+class TensorBoardWriter:
+    """Event files in `<run folder>/tensorboard`; a resume hides what was logged for later steps."""
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, resume_step: int, routed_layers: Sequence[int]) -> None:
+        """Raises ConfigError if the package tensorboard is missing, ChiarError if `folder` is unwritable."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                f"logging.tensorboard=true needs the package tensorboard ({error}): "
+                "`pip install tensorboard`, or set logging.tensorboard=false"
+            ) from error
+        self._routed_layers = tuple(routed_layers)
+        try:
+            self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+        except OSError as error:
+            raise ChiarError(
+                f"{folder} cannot be written ({error.strerror}): check the run folder"
+            ) from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for key, value in flatten(metrics, self._routed_layers).items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()  # a killed job keeps its curves
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A Weights & Biases run that goes on after a resume: its id is kept in `<run folder>/wandb_id.txt`.
+
+    Offline, every attempt leaves a folder of its own under `wandb/`, all of the same id. wandb cannot take
+    back what a killed attempt has sent, so the steps that run again after a resume keep their first figures.
+    """
+
+    name = "wandb"
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        config_dict: Mapping[str, object],
+        routed_layers: Sequence[int],
+    ) -> None:
+        """Raises ConfigError: package or key missing, or the server did not answer."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"logging.wandb_project={config.wandb_project} needs the package wandb ({error}): "
+                "`pip install wandb`, or set logging.wandb_project=null"
+            ) from error
+        mode = wandb_mode(config)
+        self._routed_layers = tuple(routed_layers)
+        self._errors: type[Exception] = wandb.Error
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=run_dir.resolve().name,
+                id=_wandb_id(run_dir / "wandb_id.txt"),
+                resume="allow",
+                mode=mode,
+                dir=str(run_dir),
+                config=dict(config_dict),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"wandb did not start the run ({error}): set logging.wandb_mode=offline and upload "
+                f"later with `wandb sync {run_dir}/wandb/offline-run-*`, or set logging.wandb_project=null"
+            ) from error
+        self._first_step = self._run.step
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if step < self._first_step:
+            return
+        try:
+            self._run.log(flatten(metrics, self._routed_layers), step=step)
+        except self._errors as error:
+            raise OSError(str(error)) from error
+
+    def close(self) -> None:
+        try:
+            self._run.finish()
+        except self._errors as error:
+            raise OSError(str(error)) from error
+
+
+def wandb_mode(config: LoggingConfig) -> Literal["online", "offline"]:
+    """Online if a key is configured (WANDB_API_KEY or netrc), else offline; `logging.wandb_mode` overrules.
+
+    Raises:
+        ConfigError: online is asked for without a key, for which wandb would wait at a prompt.
+    """
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    has_key = bool(os.environ.get("WANDB_API_KEY"))
+    if not has_key:
+        try:
+            has_key = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        except (OSError, netrc.NetrcParseError):
+            has_key = False
+    if config.wandb_mode == "online" and not has_key:
+        raise ConfigError(
+            f"logging.wandb_mode=online, but no key for {host} is configured: run `wandb login`, set "
+            "WANDB_API_KEY, or set logging.wandb_mode=offline"
+        )
+    return config.wandb_mode or ("online" if has_key else "offline")
+
+
+def _wandb_id(path: Path) -> str:
+    """The run's id, made at the first start and then read from `path`."""
+    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
+        return kept
+    fresh = uuid.uuid4().hex[:12]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(fresh + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return fresh
+
+
+class MultiWriter:
+    """Every writer of a run behind one interface. A full disk costs figures and one warning, not the run."""
+
+    def __init__(self, writers: Sequence[RunWriter], events_path: Path) -> None:
+        whole = [(record, end) for record, end in read_lines(events_path) if record is not None]
+        self._writers = tuple(writers)
+        self._events = LineFile(events_path, whole[-1][1] if whole else 0)
+        self.restarts = sum(record.get("event") in ("start", "resume") for record, _ in whole)
+        """How often the run was started before this attempt."""
+        self._warned: set[str] = set()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write the figures of one step everywhere. Call it at most once a step, with growing steps."""
+        for writer in self._writers:
+            try:
+                writer.log(step, metrics)
+            except OSError as error:
+                self._warn(writer.name, error)
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Append one line to `events.jsonl`: `start`, `resume`, `save`, `bad_step`, `exit`, ..."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        try:
+            self._events.append({"time": now, "event": kind, **fields})
+        except OSError as error:
+            self._warn("events.jsonl", error)
+
+    def close(self) -> None:
+        """Write what is pending and close all; failures are warnings."""
+        for name, close in [(w.name, w.close) for w in self._writers] + [
+            ("events.jsonl", self._events.close)
+        ]:
+            try:
+                close()
+            except OSError as error:
+                self._warn(name, error)
+
+    def _warn(self, name: str, error: OSError) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            _log.warning("%s cannot be written (%s); training goes on without those figures", name, error)
+
+
+def open_writers(
+    run_dir: Path,
+    logging: LoggingConfig,
+    resume_step: int,
+    config_dict: Mapping[str, Any],
+) -> MultiWriter:
+    """Open every writer that the recipe asks for, and log the event `start` or `resume`.
+
+    Only one rank of a run may call it.
+
+    Args:
+        run_dir: the run folder; made if missing.
+        logging: which writers.
+        resume_step: steps done by the checkpoint that the run continues from; 0 for a start from scratch.
+        config_dict: the resolved recipe as nested dicts; its `model.schedule` tells which layers the entries
+            of per-layer lists belong to.
+
+    Raises:
+        ChiarError: the folder is not writable.
+        ConfigError: a package or a key that the recipe needs is missing.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ChiarError(f"run_dir={run_dir} cannot be made ({error.strerror}): choose another") from error
+    kinds = parse_schedule(config_dict["model"]["schedule"])
+    routed_layers = [number for number, kind in enumerate(kinds, 1) if kind == "R"]
+    writers: list[RunWriter] = [JsonlWriter(run_dir / "metrics.jsonl", resume_step)]
+    if logging.tensorboard:
+        writers.append(TensorBoardWriter(run_dir / "tensorboard", resume_step, routed_layers))
+    if logging.wandb_project is not None:
+        writers.append(WandbWriter(run_dir, logging, config_dict, routed_layers))
+    multi = MultiWriter(writers, run_dir / "events.jsonl")
+    kind = "resume" if resume_step else "start"
+    multi.event(kind, step=resume_step, routed_layers=routed_layers)
+    return multi

@@ -1,0 +1,1 @@
+"""The CHIAR-Former on megatron-core, and what it costs."""

@@ -225,7 +225,7 @@ def test_savings_are_reported_side_by_side():
     text = str(report)
     for part in ("attention-only 3.6%", "whole model", "measured time -50.0%"):
         assert part in text
-    assert "not measured" in str(savings(M400, 256, 0.5))
+    assert "time not measured" in str(savings(M400, 256, 0.5))
     twin = savings(full_attention_twin(M400), 256, [])
     assert (twin.attention_useful, twin.model_executed) == (0, 0)
 

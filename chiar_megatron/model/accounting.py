@@ -76,7 +76,9 @@ class Savings:
 
     def __str__(self) -> str:
         """All three side by side; the useful share in brackets is what skipping could reach."""
-        time = "time not measured" if self.measured_time is None else f"measured time {self.measured_time:.1%}"
+        time = (
+            "time not measured" if self.measured_time is None else f"measured time {self.measured_time:.1%}"
+        )
         return (
             f"saved against the full-attention twin: attention-only {self.attention_executed:.1%} "
             f"(useful {self.attention_useful:.1%}), whole model {self.model_executed:.1%} "

@@ -66,6 +66,12 @@ class ProgressLine:
             else:
                 print(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}", flush=True)
 
+    def say(self, text: str) -> None:
+        """Print a line of words, like `show`."""
+        with suppress(OSError):
+            stamp = "" if self._is_tty else f"{datetime.now():%Y-%m-%d %H:%M:%S}  "
+            print(stamp + text, flush=True)
+
     def _part(self, label: str, text: str, alarm: bool = False) -> str:
         if not self._is_tty:
             return f"{label} {text}"

@@ -1,0 +1,149 @@
+"""What one checkpoint folder holds, and how it is checked: plain files, no process groups.
+
+`<run>/checkpoints/step_00000100/` holds megatron-core's distributed checkpoint, `checkpoint.json` (step,
+tokens, layout, the run's config) and `manifest.json` (size and BLAKE2b of every file, written last).
+`<run>/checkpoints/latest` names the newest; it moves only after the folder has its final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chiar_megatron.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+INFO = "checkpoint.json"
+LATEST = "latest"
+_STEP = re.compile(r"step_(\d{8,})$")
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself without being loaded."""
+
+    step: int
+    tokens_seen: int
+    has_optimizer: bool
+    layout: dict[str, int]
+    config: dict[str, Any]
+    created_unix_seconds: float
+    version: str
+
+    @staticmethod
+    def read(folder: Path) -> CheckpointInfo:
+        """Raises CheckpointError if the folder is no checkpoint of ours."""
+        try:
+            return CheckpointInfo(**json.loads((folder / INFO).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder} is no chiar checkpoint ({INFO}: {error}); give a step_… folder or its run folder"
+            ) from None
+
+    def write(self, folder: Path) -> None:
+        """Write `checkpoint.json`."""
+        write_durably(folder / INFO, json.dumps(asdict(self), indent=1))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Final name of the checkpoint of one step."""
+    return folder / f"step_{step:08d}"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    matches = (_STEP.match(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """Size and BLAKE2b-128 of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "blake2b": digest.hexdigest()}
+
+
+def payload_files(folder: Path) -> list[str]:
+    """Names of all files the manifest covers, sorted."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Raises CheckpointError if there is none or it is torn."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {MANIFEST}: {error}; the checkpoint is torn") from None
+    if not isinstance(manifest, dict) or INFO not in manifest:
+        raise CheckpointError(f"{folder}: {MANIFEST} is torn")
+    return manifest
+
+
+def find_damage(folder: Path, names: list[str], manifest: dict[str, dict[str, Any]]) -> str | None:
+    """First of these files that differs from the manifest, in words; None if all agree."""
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != manifest[name]["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, {manifest[name]['bytes']} were written"
+        if file_digest(path) != manifest[name]:
+            return f"{name} has other content than was written"
+    return None
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file atomically; on the disk when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder meant by a run folder, its `checkpoints/`, or a `step_…` folder itself.
+
+    Raises CheckpointError naming what is there instead.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    if (path / MANIFEST).is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        steps = list_steps(folder)
+        if steps:
+            return step_folder(folder, _pointed_step(folder, steps))
+    raise CheckpointError(f"{path}: holds no checkpoint (no step_… folder with {MANIFEST})")
+
+
+def _pointed_step(folder: Path, steps: list[int]) -> int:
+    """The step `latest` names if it is complete, else the newest complete one."""
+    try:
+        match = _STEP.match((folder / LATEST).read_text().strip())
+    except OSError:
+        match = None
+    return int(match.group(1)) if match and int(match.group(1)) in steps else steps[-1]

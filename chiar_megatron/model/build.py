@@ -1,0 +1,32 @@
+"""From a resolved config to this process's stage of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from chiar_megatron.config.mcore import transformer_config
+from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.model.gpt import ChiarModel
+from chiar_megatron.runtime.distributed import World, seed_random_streams
+
+# How distributed checkpoints are cut: layers under names of their own, since D, R and A layers differ,
+# and optimizer state that any other layout can read.
+SHARDING_METADATA: dict[str, Any] = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def build_model(config: RunConfig, world: World) -> ChiarModel:
+    """This process's stage of the model, weights not yet set."""
+    settings = transformer_config(config.model, config.parallel, config.training.precision)
+    settings.deterministic_mode = config.training.deterministic
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # megatron-core's parallel layers enter the model-parallel random stream while they are built.
+    seed_random_streams(config.training.seed, 0, world)
+    model = ChiarModel(settings, config.model, groups, z_loss=config.training.z_loss)
+    return model.to(world.device)  # type: ignore[no-any-return]

@@ -1,0 +1,93 @@
+"""The language model: megatron-core's GPTModel around CHIAR layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+
+from chiar_megatron.config.mcore import padded_vocab_size
+from chiar_megatron.config.schema import ModelConfig
+from chiar_megatron.model.block import block_spec
+from chiar_megatron.model.layer import ChiarLayer
+from chiar_megatron.operators.context import ForwardContext
+
+
+class ChiarModel(GPTModel):
+    """One pipeline stage of a CHIAR-Former; the whole model where there is one stage."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        pg_collection: ProcessGroupCollection,
+        z_loss: float = 0.0,
+    ) -> None:
+        """model: resolved (no nulls). z_loss: weight of `(ln Σ exp logits)²` a token; 0: not computed."""
+        assert model.vocab_size is not None, "the config must be resolved"
+        pipeline_rank, last = get_pg_rank(pg_collection.pp), config.pipeline_model_parallel_size - 1
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(config, model, pg_collection),
+            vocab_size=padded_vocab_size(model.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=model.seq_length,
+            pre_process=pipeline_rank == 0,
+            post_process=pipeline_rank == last,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="none",  # rotary positions are applied inside attention
+            pg_collection=pg_collection,
+        )
+        self.model = model
+        self.z_loss = z_loss
+
+    def forward(self, input_ids: Tensor, context: ForwardContext, labels: Tensor | None = None) -> Any:
+        """On the last stage: with labels `[b, s]` the losses `[2, b, s]` float32 (cross entropy in nats and
+        weighted z-loss), else logits `[b, s, padded vocabulary / tensor parallel size]`. On another
+        stage: hidden states `[s, b, h]`."""
+        return super().forward(input_ids, None, None, labels=labels, packed_seq_params=context)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses `[2, b, s]` from `logits` `[s, b, vocabulary shard]`, padding of the vocabulary excluded."""
+        self._mask_padding(logits)
+        labels_SB = labels.transpose(0, 1).contiguous()
+        # Taken first: the cross entropy below works inside the logits' memory.
+        target_SB = self._target_logit(logits, labels_SB) if self.z_loss > 0.0 else None
+        loss_SB = vocab_parallel_cross_entropy(logits, labels_SB)
+        z_SB = torch.zeros_like(loss_SB)
+        if target_SB is not None:
+            z_SB = self.z_loss * (loss_SB + target_SB).square()
+        return torch.stack((loss_SB, z_SB)).transpose(1, 2).contiguous()
+
+    def _vocabulary_shard(self, width: int) -> tuple[int, int]:
+        """First id of this rank's shard, and how many of its `width` ids are real."""
+        first = get_pg_rank(self.tp_group) * width
+        assert self.model.vocab_size is not None
+        return first, max(0, min(width, self.model.vocab_size - first))
+
+    def _mask_padding(self, logits: Tensor) -> None:
+        _, real = self._vocabulary_shard(logits.shape[-1])
+        if real < logits.shape[-1]:
+            logits[..., real:] = torch.finfo(logits.dtype).min
+
+    def _target_logit(self, logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
+        first, real = self._vocabulary_shard(logits_SBV.shape[-1])
+        index_SB = (labels_SB - first).clamp(0, logits_SBV.shape[-1] - 1)
+        here_SB = (labels_SB >= first) & (labels_SB < first + real)
+        # Indexed rather than gathered: gather's backward would insist on unchanged logits.
+        position_S1 = torch.arange(logits_SBV.shape[0], device=logits_SBV.device)[:, None]
+        row_1B = torch.arange(logits_SBV.shape[1], device=logits_SBV.device)[None, :]
+        target_SB = logits_SBV[position_S1, row_1B, index_SB].float()
+        target_SB = torch.where(here_SB, target_SB, 0.0)
+        return reduce_from_tensor_model_parallel_region(target_SB, group=self.tp_group)  # type: ignore[no-any-return]
+
+    @property
+    def chiar_layers(self) -> list[ChiarLayer]:
+        """The layers of this stage, in order."""
+        return list(self.decoder.layers)

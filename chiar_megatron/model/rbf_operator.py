@@ -1,0 +1,59 @@
+"""RBF mixing as a layer's third operator: `FFN(W(Aφ))`, with a feed-forward layer of its own (paper)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+
+from chiar_megatron.config.schema import ModelConfig
+from chiar_megatron.model.feed_forward import FeedForward
+from chiar_megatron.operators.context import ForwardContext
+from chiar_megatron.operators.norm import mark_sequence_parallel
+from chiar_megatron.operators.rbf import causal_rbf_mixing, make_omega, rbf_features
+from chiar_megatron.runtime.device import current_device
+
+
+class RBFOperator(MegatronModule):
+    """`[s, b, h]` to `[s, b, h]`; under sequence parallelism each rank mixes its own queries."""
+
+    omega: Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        omega = make_omega(config.hidden_size, model.rbf_features, model.rbf_gamma, seed=layer_number)
+        self.register_buffer("omega", omega.to(current_device()))
+        self.projection = torch.nn.Linear(
+            2 * model.rbf_features, config.hidden_size, device=current_device(), dtype=config.params_dtype
+        )
+        mark_sequence_parallel(self.projection, config.sequence_parallel)
+        self.feed_forward = FeedForward(config, tp_group=pg_collection.tp)
+
+    def forward(self, x_SBH: Tensor, context: ForwardContext) -> Tensor:
+        """The operator without residual or norm."""
+        phi_SBF = rbf_features(x_SBH, self.omega)
+        all_SBF, first = phi_SBF, context.position_offset
+        if self.config.sequence_parallel:
+            all_SBF = gather_from_sequence_parallel_region(phi_SBF, group=self.tp_group)
+            first = get_pg_rank(self.tp_group) * phi_SBF.shape[0]
+        if context.generation is not None:
+            seen = context.generation.features_SBF.get(self.layer_number)
+            all_SBF = phi_SBF if seen is None else torch.cat((seen, phi_SBF))
+            context.generation.features_SBF[self.layer_number] = all_SBF
+        positions_Q = torch.arange(first, first + phi_SBF.shape[0], device=x_SBH.device)
+        documents_SB = None if context.document_ids_BS is None else context.document_ids_BS.transpose(0, 1)
+        mixed_SBF = causal_rbf_mixing(phi_SBF, all_SBF, positions_Q, documents_SB)
+        out_SBH: Tensor = self.feed_forward(self.projection(mixed_SBF.to(x_SBH.dtype)))
+        return out_SBH

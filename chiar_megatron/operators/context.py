@@ -1,0 +1,67 @@
+"""What one forward pass carries to every layer besides the hidden states.
+
+megatron-core hands a `PackedSeqParams` through its blocks, pipelines and recomputation untouched; ours
+extends it, so that each micro-batch keeps its own context however many are in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of the tokens seen so far, for generation. Shapes `[b, groups, capacity, d]`."""
+
+    keys_BGSD: Tensor
+    values_BGSD: Tensor
+    light_BS: Tensor  # bool: which cached tokens went to attention, for `keys_values: routed`
+
+
+@dataclass
+class GenerationState:
+    """State of one generated batch: what layers keep between calls, and how many tokens they have seen."""
+
+    capacity: int
+    length: int = 0
+    layers: dict[int, LayerCache] = field(default_factory=dict)
+    features_SBF: dict[int, Tensor] = field(default_factory=dict)  # RBF features by layer
+    prefix_sum_BH: Tensor | None = None  # of the embeddings, for MetaRouter's `causal` pooling
+
+
+@dataclass
+class ForwardContext(PackedSeqParams):
+    """Context of one micro-batch; all tensors cover the whole sequence, also under sequence parallelism.
+
+    tokens_BS: int64 ids, read by the random router.
+    document_ids_BS: int64, number of each token's document; None: one document.
+    forced_light_SB: layer number (from 1) -> bool decisions that replace the router's.
+    recorded_light_SB: if not None, layers put their decisions here (this rank's part of the sequence).
+    auxiliary_scale: factor of auxiliary losses: the tokens of this micro-batch, since the main loss is
+        a sum over tokens.
+    """
+
+    tokens_BS: Tensor | None = None
+    document_ids_BS: Tensor | None = None
+    forced_light_SB: dict[int, Tensor] | None = None
+    recorded_light_SB: dict[int, Tensor] | None = None
+    recorded_score_SB: dict[int, Tensor] | None = None
+    auxiliary_scale: Any = 1.0
+    generation: GenerationState | None = None
+
+    @property
+    def position_offset(self) -> int:
+        """Position of this call's first token within its sequence; above 0 only in generation."""
+        return 0 if self.generation is None else self.generation.length
+
+
+def sequence_shard(full_SX: Tensor, rank: int, size: int) -> Tensor:
+    """Rows of a `[s, ...]` tensor that sequence parallelism gives to `rank` of `size`."""
+    if size == 1:
+        return full_SX
+    return torch.chunk(full_SX, size, dim=0)[rank]

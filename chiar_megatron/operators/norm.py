@@ -1,0 +1,36 @@
+"""LayerNorm and RMSNorm as torch has them, with the mark that sequence parallelism needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from chiar_megatron.runtime.device import current_device
+
+
+def mark_sequence_parallel(module: torch.nn.Module, sequence_parallel: bool) -> None:
+    """Say that gradients of these replicated parameters are partial: megatron-core then sums them over
+    the tensor-parallel group, each rank having seen only its part of the sequence."""
+    for parameter in module.parameters(recurse=True):
+        setattr(parameter, "sequence_parallel", sequence_parallel)
+
+
+class Norm:
+    """Builds `torch.nn.LayerNorm` or `torch.nn.RMSNorm`; a class because megatron-core's specs want one.
+
+    megatron-core's own wrapper refuses sequence parallelism without apex or TransformerEngine.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> Any:
+        """A norm over the last dim of `[..., hidden_size]`, parameters in `config.params_dtype`."""
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(
+            hidden_size,
+            eps=config.layernorm_epsilon if eps is None else eps,
+            device=current_device(),
+            dtype=config.params_dtype,
+        )
+        mark_sequence_parallel(norm, config.sequence_parallel)
+        return norm

@@ -1,0 +1,114 @@
+"""MetaRouter: the gate g over layer 1, `g·layer1(x) + (1-g)·x` (paper; pooling of DESIGN decision 4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from torch import Tensor
+
+from chiar_megatron.config.schema import MetaRouterConfig
+from chiar_megatron.operators.context import ForwardContext
+from chiar_megatron.runtime.device import current_device
+
+
+class MetaRouter(torch.nn.Module):
+    """g = σ(Linear(x̄)), float32.
+
+    x̄ is, by `pooling`: `running` an average over past steps, of no step's own tokens; `batch` the mean of
+    this micro-batch over batch and time (it sees the future); `causal` the mean of each token's prefix.
+    """
+
+    running_mean_H: Tensor
+    running_weight: Tensor
+
+    def __init__(
+        self, config: MetaRouterConfig, hidden_size: int, sequence_group: dist.ProcessGroup | None
+    ) -> None:
+        """sequence_group: processes that hold parts of one sequence; None if this one holds it whole."""
+        super().__init__()
+        self.config = config
+        self.sequence_group = sequence_group
+        device = current_device()
+        self.gate_proj = torch.nn.Linear(hidden_size, 1, device=device)
+        self.register_buffer("running_mean_H", torch.zeros(hidden_size, device=device))
+        # Share of the average that steps have filled; dividing by it corrects the start from zero.
+        self.register_buffer("running_weight", torch.zeros((), device=device))
+        self.pending_sum_H = torch.zeros(hidden_size, dtype=torch.float64, device=device)
+        self.pending_tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self.last_gate = torch.zeros((), device=device)
+
+    def forward(self, x_SBH: Tensor, context: ForwardContext) -> Tensor:
+        """g, float32: `[1, 1, 1]`, or `[s, b, 1]` for `causal`."""
+        x_SBH = x_SBH.float()
+        if self.training and self.config.pooling == "running":
+            self._accumulate(x_SBH)
+        if self.config.pooling == "running":
+            pooled = (self.running_mean_H / self.running_weight.clamp_min(1e-12))[None, None]
+        elif self.config.pooling == "batch":
+            pooled = self._batch_mean(x_SBH)[None, None]
+        else:
+            pooled = self._prefix_mean(x_SBH, context)
+        gate = torch.sigmoid(self.gate_proj(pooled))
+        self.last_gate = gate.detach().mean()
+        return gate
+
+    @torch.no_grad()
+    def _accumulate(self, x_SBH: Tensor) -> None:
+        self.pending_sum_H += x_SBH.sum(dim=(0, 1), dtype=torch.float64)
+        self.pending_tokens += x_SBH.shape[0] * x_SBH.shape[1]
+
+    def take_pending(self) -> tuple[Tensor, Tensor]:
+        """Sum `[h]` and number of this rank's tokens since the last call, float64; starts anew."""
+        pending = self.pending_sum_H.clone(), self.pending_tokens.clone()
+        self.pending_sum_H.zero_()
+        self.pending_tokens.zero_()
+        return pending
+
+    @torch.no_grad()
+    def update_running(self, mean_H: Tensor) -> None:
+        """Take one step's global mean `[h]` into the average; called once a step, alike on every rank."""
+        decay = self.config.decay
+        self.running_mean_H.mul_(decay).add_(mean_H.to(self.running_mean_H), alpha=1.0 - decay)
+        self.running_weight.mul_(decay).add_(1.0 - decay)
+
+    def _batch_mean(self, x_SBH: Tensor) -> Tensor:
+        sum_H = x_SBH.sum(dim=(0, 1))
+        tokens = x_SBH.shape[0] * x_SBH.shape[1]
+        if self.sequence_group is not None:
+            # Every rank's loss depends on this sum through g: the gradient is summed too.
+            sum_H = dist_functional.all_reduce(sum_H, group=self.sequence_group)
+            tokens *= dist.get_world_size(self.sequence_group)
+        return sum_H / tokens
+
+    def _prefix_mean(self, x_SBH: Tensor, context: ForwardContext) -> Tensor:
+        s = x_SBH.shape[0]
+        rank, size = 0, 1
+        if self.sequence_group is not None:
+            rank, size = dist.get_rank(self.sequence_group), dist.get_world_size(self.sequence_group)
+            parts = dist_functional.all_gather(x_SBH.contiguous(), group=self.sequence_group)
+            x_SBH = torch.cat(parts, dim=0)
+        sum_SBH = x_SBH.cumsum(dim=0)
+        count_SB1 = torch.arange(1, x_SBH.shape[0] + 1, device=x_SBH.device)[:, None, None]
+        state = context.generation
+        if state is not None:
+            if state.prefix_sum_BH is not None:
+                sum_SBH = sum_SBH + state.prefix_sum_BH
+            count_SB1 = count_SB1 + state.length
+            state.prefix_sum_BH = sum_SBH[-1]
+        if context.document_ids_BS is not None:
+            sum_SBH, count_SB1 = _restart_at_documents(sum_SBH, x_SBH, context.document_ids_BS)
+        mean_SBH = sum_SBH / count_SB1
+        return mean_SBH[rank * s : (rank + 1) * s] if size > 1 else mean_SBH
+
+
+def _restart_at_documents(sum_SBH: Tensor, x_SBH: Tensor, document_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Prefix sums and counts within each document, from prefix sums over the whole sequence."""
+    ids_SB = document_ids_BS.transpose(0, 1)
+    starts_SB = torch.ones_like(ids_SB, dtype=torch.bool)
+    starts_SB[1:] = ids_SB[1:] != ids_SB[:-1]
+    position_S1 = torch.arange(ids_SB.shape[0], device=ids_SB.device)[:, None]
+    first_SB = torch.where(starts_SB, position_S1, 0).cummax(dim=0).values
+    before_SBH = sum_SBH - x_SBH
+    index_SBH = first_SB[..., None].expand_as(sum_SBH)
+    return sum_SBH - before_SBH.gather(0, index_SBH), (position_S1 - first_SB + 1)[..., None]

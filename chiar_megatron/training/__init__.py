@@ -1,0 +1,1 @@
+"""Training: engine, optimizer, one step, the loop, validation."""

@@ -1,0 +1,109 @@
+"""What a run tells its user: progress line, metrics, events. Rank 0 writes; other ranks stay silent."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chiar_megatron.config.load import to_dict
+from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
+from chiar_megatron.metrics.progress import ProgressLine
+from chiar_megatron.metrics.writers import MultiWriter, open_writers
+from chiar_megatron.model.accounting import model_flops_per_token
+from chiar_megatron.runtime.distributed import World
+from chiar_megatron.training.engine import StepResult
+
+
+class Reporter:
+    """Collects the figures of each step and writes them every `logging.log_interval_steps`."""
+
+    def __init__(self, config: RunConfig, world: World, run_dir: Path, step: int, tokens_seen: int) -> None:
+        self.config = config
+        self.world = world
+        self.bad_steps = 0
+        self.throughput = Throughput(config.training.steps, time.monotonic(), step=step)
+        self.progress = ProgressLine(config.training.steps, sys.stdout.isatty())
+        self.writers: MultiWriter | None = None
+        self.restarts = 0
+        if world.is_main:
+            self.writers = open_writers(run_dir, config.logging, step, to_dict(config))
+            self.restarts = self.writers.restarts
+            if step > 0:
+                self.say(f"continuing after step {step} ({tokens_seen:,} tokens)")
+
+    def pause(self, seconds: float) -> None:
+        """Time that is not training's."""
+        self.throughput.pause(seconds)
+
+    def step(self, step: int, tokens_seen: int, result: StepResult, validation: dict[str, float]) -> None:
+        """Report one finished step."""
+        self.throughput.add_tokens(result.sums.tokens)
+        training = self.config.training
+        due = step % self.config.logging.log_interval_steps == 0 or step == training.steps or validation
+        if self.writers is None or not due:
+            return
+        reading = self.throughput.update(step, time.monotonic())
+        routing = result.sums.routing
+        metrics: dict[str, Any] = {
+            "step": step,
+            "loss": result.sums.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens_per_second": reading.tokens_per_second,
+            "step_seconds": reading.step_seconds,
+            "tokens_seen": tokens_seen,
+            "routed_fraction": routing.routed_fraction,
+            "entropy_mean": routing.entropy_mean,
+            "gate": result.sums.gate,
+            "bad_steps": self.bad_steps,
+        }
+        if training.z_loss > 0.0:
+            metrics["z_loss"] = result.sums.z_loss
+        self._add_mfu(metrics)
+        if validation:
+            metrics["validation"] = validation
+        self.writers.log(step, metrics)
+        self.progress.show({**metrics, "eta_seconds": reading.eta_seconds, "restarts": self.restarts})
+
+    def _add_mfu(self, metrics: dict[str, Any]) -> None:
+        if self.world.device.type != "cuda":
+            return
+        peak = device_peak(torch.cuda.get_device_name(self.world.device))
+        if peak is not None:
+            model = self.config.model
+            flops = model_flops_per_token(model, model.seq_length, metrics["routed_fraction"] or 0.0)
+            metrics["mfu"] = mfu(flops, metrics["tokens_per_second"], self.world.size, peak.flops)
+
+    def bad_step(self, step: int, result: StepResult) -> None:
+        """A step that every rank skipped."""
+        self.bad_steps += 1
+        self.event("bad_step", step=step, loss=str(result.sums.loss), grad_norm=str(result.grad_norm))
+        self.say(
+            f"step {step} skipped on all ranks: loss {result.sums.loss}, gradient norm {result.grad_norm}"
+        )
+
+    def test(self, losses: dict[str, float]) -> None:
+        """Losses on the test set at the end of a run."""
+        self.event("test", **losses)
+        self.say("test " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One line in `events.jsonl`."""
+        if self.writers is not None:
+            self.writers.event(kind, **fields)
+
+    def say(self, text: str) -> None:
+        """One line on the terminal."""
+        if self.world.is_main:
+            self.progress.say(text)
+
+    def close(self) -> None:
+        """Write what is pending."""
+        if self.writers is not None:
+            self.writers.close()
+            self.writers = None

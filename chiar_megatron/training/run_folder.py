@@ -1,0 +1,82 @@
+"""The run folder is the record: resolved config, code version, environment, exit reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chiar_megatron import __version__
+from chiar_megatron.checkpoint.files import write_durably
+from chiar_megatron.config.load import dump_config
+from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.errors import ChiarError
+
+
+class RunFolder:
+    """Paths of one run, and what rank 0 writes there besides metrics and checkpoints."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    def write_start(self, config: RunConfig, world_size: int) -> None:
+        """Write `config.yaml` (resolved) and `environment.json`. Raises ChiarError if it cannot."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_durably(self.path / "config.yaml", dump_config(config))
+            write_durably(self.path / "environment.json", json.dumps(_environment(world_size), indent=1))
+            (self.path / "exit.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise ChiarError(f"run_dir {self.path} cannot be written: {error}; choose another") from None
+
+    def write_exit(self, reason: str, step: int, exit_code: int) -> None:
+        """Write why the run ended; an attempt killed before this leaves no `exit.json`."""
+        record = {"reason": reason, "step": step, "exit_code": exit_code, "unix_seconds": time.time()}
+        try:
+            write_durably(self.path / "exit.json", json.dumps(record))
+        except OSError as error:
+            print(f"exit reason not recorded: {error}", file=sys.stderr)
+
+
+def _environment(world_size: int) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "chiar_megatron": __version__,
+        "code": _code_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron_core": version("megatron-core"),
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "host": platform.node(),
+        "cores": os.cpu_count(),
+        "world_size": world_size,
+        "command": sys.argv,
+    }
+
+
+def _code_version() -> str | None:
+    """The commit of the checkout this code runs from, `+changes` if it was edited; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return commit.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,1 @@
+"""From text to batches: tokenizer, preprocessing, streams of samples, micro-batches."""

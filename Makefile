@@ -13,7 +13,7 @@ help:
 	@echo "make clean   remove .venv and what the tools left; runs/ stays"
 
 demo: $(STAMP)
-	@$(VENV)/bin/python examples/demo_cpu/run.py
+	@$(VENV)/bin/python examples/demo_cpu/run.py $(if $(TEXT),--text $(TEXT))
 
 test: lint
 	@$(VENV)/bin/python -m pytest

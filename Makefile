@@ -4,7 +4,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --progress-bar off
 
 help:
 	@echo "make demo    train a small CHIAR model on two processes and draw the run into runs/demo"

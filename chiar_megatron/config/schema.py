@@ -21,8 +21,9 @@ class RouterConfig:
     (straight-through) softmax over operators, or a hash (the chance baseline)."""
 
     threshold: Optional[float] = None
-    """A token goes to attention iff its score is strictly above it. null: 0.8954 (the paper's midpoint)
-    for entropy routers, 0 for `learned`, `1 - random_fraction` for `random`. Unused by soft and hard."""
+    """A token goes to attention iff its score is strictly above it. null: 0 for `learned`,
+    `1 - random_fraction` for `random`, and for entropy routers 0.8954 at hidden size 1024 (the paper's
+    midpoint), elsewhere the entropy of noise at that size. Unused by soft and hard."""
 
     dc_power_weight: float = 1.0
     """Weight of the DC power in the spectral entropy: 1 is exact, 2 is what the authors' code computes."""

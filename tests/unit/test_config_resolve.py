@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chiar_megatron.config.load import config_from_dict, load_config, resolve_config
 from chiar_megatron.config.presets import PRESETS
 from chiar_megatron.config.schedule import parse_schedule
-from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.config.schema import ModelConfig, RunConfig
 from chiar_megatron.config.validate import check_config
 from chiar_megatron.errors import ConfigError
+from chiar_megatron.routing.entropy import spectral_entropy
 
 EXAMPLE_400M = Path(__file__).parents[2] / "examples" / "chiar_400m" / "recipe.yaml"
 
@@ -133,8 +135,16 @@ def test_swiglu_width(hidden: int, width: int) -> None:
     ],
 )
 def test_threshold_by_router(kind: str, threshold: float | None) -> None:
-    config = with_fields(model__router={"kind": kind, "random_fraction": 0.25})
+    config = with_fields(model__hidden_size=1024, model__router={"kind": kind, "random_fraction": 0.25})
     assert resolve_config(config, vocab_size=10, eod_token=None).model.router.threshold == threshold
+
+
+def test_entropy_threshold_elsewhere_is_that_of_noise() -> None:
+    noise = torch.randn(4096, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = ModelConfig(hidden_size=96)
+    resolved = resolve_config(RunConfig(model=model), vocab_size=10, eod_token=None).model
+    assert resolved.router.threshold == pytest.approx(spectral_entropy(noise).mean().item(), abs=1e-3)
+
 
 
 @pytest.mark.parametrize(

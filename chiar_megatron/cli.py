@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain = verbs.add_parser("pretrain", help="train a recipe; continues by itself from its run folder")
     pretrain.add_argument("recipe", help="YAML recipe")
     pretrain.add_argument("overrides", nargs="*", metavar="key.sub=value", help="fields to overrule")
+    pretrain.add_argument("--init-from", metavar="CHECKPOINT", help="start from these weights (only)")
     pretrain.set_defaults(run=_pretrain)
 
     tokenizer = verbs.add_parser("tokenizer", help="train a SentencePiece tokenizer")
@@ -74,7 +75,10 @@ def _pretrain(parsed: argparse.Namespace) -> int:
     from chiar_megatron.runtime.env import check_versions, read_process_env
 
     check_versions()
-    config = load_config(parsed.recipe, parsed.overrides)
+    overrides = list(parsed.overrides)
+    if parsed.init_from is not None:
+        overrides.append(f"training.init_from={parsed.init_from}")
+    config = load_config(parsed.recipe, overrides)
     check_config(config)
     check_paths(config)
     env = read_process_env()

@@ -41,7 +41,6 @@ setup(
     description="Pretraining of CHIAR-Former language models on megatron-core",
     python_requires=">=3.10",
     packages=find_packages(include=["chiar_megatron", "chiar_megatron.*"]),
-    include_package_data=True,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["chiar = chiar_megatron.cli:main"]},

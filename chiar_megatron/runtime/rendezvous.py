@@ -123,4 +123,3 @@ def _ranges(ranks: list[int]) -> str:
             first = rank
         previous = rank
     return ", ".join(parts)
-

@@ -66,8 +66,7 @@ class Component:
         missing or torn, does not fit the vocabulary, or is too small for one sample."""
         self.prefix = prefix
         self._settings = settings
-        self._indexed = _open_indexed(prefix, field)
-        _check_tokens(prefix, self._indexed, settings, field)
+        self._indexed = open_tokens(prefix, field, settings.vocab_size, settings.tokenizer_sha256)
         documents = len(self._indexed)
         # the same rounding as megatron-core's BlendedMegatronDatasetBuilder
         first, last = (round(bound * documents) for bound in share)
@@ -163,6 +162,20 @@ def cached_folder(folder: Path, build_into: Callable[[Path], object], *, build: 
         raise DataError(f"data.cache_dir: {folder} cannot be written: {error.strerror or error}") from error
 
 
+def open_tokens(
+    prefix: str, field: str, vocab_size: int, tokenizer_sha256: str | None = None
+) -> IndexedDataset:
+    """The tokenised documents of `PREFIX.bin/.idx`, a row of token ids each.
+
+    `field`: where the user names the file, for messages. `tokenizer_sha256`: of the tokenizer in use.
+    Raises `DataError` if a file is missing or torn, holds ids from `vocab_size` on, or was made with
+    another tokenizer.
+    """
+    indexed = _open_indexed(prefix, field)
+    _check_tokens(prefix, indexed, field, vocab_size, tokenizer_sha256)
+    return indexed
+
+
 def _open_indexed(prefix: str, field: str) -> IndexedDataset:
     for suffix in (".bin", ".idx"):
         if not os.path.isfile(prefix + suffix):
@@ -202,12 +215,13 @@ def _check_index_file(prefix: str, field: str) -> None:
         raise DataError(f"{field}: {prefix}.idx {problem}; preprocess the text again")
 
 
-def _check_tokens(prefix: str, indexed: IndexedDataset, settings: IndexSettings, field: str) -> None:
+def _check_tokens(
+    prefix: str, indexed: IndexedDataset, field: str, vocab_size: int, wanted: str | None
+) -> None:
     """Refuse token ids that the model has no embedding for, and data of another tokenizer."""
     summary = load_summary(prefix)
     if summary is not None and summary.tokens == indexed.sequence_lengths.sum(dtype=np.int64):
         largest = summary.max_token_id
-        wanted = settings.tokenizer_sha256
         if wanted is not None and summary.tokenizer_sha256 != wanted:
             raise DataError(
                 f"{field}: {prefix} was made with another tokenizer ({summary.tokenizer_name}, sha256 "
@@ -221,8 +235,8 @@ def _check_tokens(prefix: str, indexed: IndexedDataset, settings: IndexSettings,
             for i in range(0, len(indexed), step)
         )
         largest = max((int(tokens.max()) for tokens in samples if len(tokens)), default=0)
-    if largest >= settings.vocab_size:
+    if largest >= vocab_size:
         raise DataError(
-            f"{field}: {prefix} holds token id {largest}, but model.vocab_size is {settings.vocab_size}; "
+            f"{field}: {prefix} holds token id {largest}, but model.vocab_size is {vocab_size}; "
             "raise it, or preprocess with this model's tokenizer"
         )

@@ -41,7 +41,8 @@ class ForwardContext(PackedSeqParams):
     tokens_BS: int64 ids, read by the random router.
     document_ids_BS: int64, number of each token's document; None: one document.
     forced_light_SB: layer number (from 1) -> bool decisions that replace the router's.
-    recorded_light_SB: if not None, layers put their decisions here (this rank's part of the sequence).
+    recorded_light_SB, recorded_score_SB, recorded_entropy_SB: those that are not None are filled by routed
+        layers, by layer number (this rank's part of the sequence); entropies only where a router has them.
     auxiliary_scale: factor of auxiliary losses: the tokens of this micro-batch, since the main loss is
         a sum over tokens.
     """
@@ -51,6 +52,7 @@ class ForwardContext(PackedSeqParams):
     forced_light_SB: dict[int, Tensor] | None = None
     recorded_light_SB: dict[int, Tensor] | None = None
     recorded_score_SB: dict[int, Tensor] | None = None
+    recorded_entropy_SB: dict[int, Tensor] | None = None
     auxiliary_scale: Any = 1.0
     generation: GenerationState | None = None
 

@@ -44,6 +44,8 @@ class Router(torch.nn.Module):
         decision = self.decide(x_SBH, context, shard)
         if context.recorded_score_SB is not None:
             context.recorded_score_SB[self.layer_number] = decision.score_SB.detach()
+        if context.recorded_entropy_SB is not None and decision.entropy_SB is not None:
+            context.recorded_entropy_SB[self.layer_number] = decision.entropy_SB
         forced = (context.forced_light_SB or {}).get(self.layer_number)
         if forced is not None:
             decision = self.force(decision, sequence_shard(forced, *shard))

@@ -188,7 +188,7 @@ class DataConfig:
     """Ranges `"first:last"` of sample positions in the training stream to leave out, e.g. after a spike."""
 
     num_workers: int = 0
-    """Processes that read ahead, per rank."""
+    """Threads that read batches ahead, per rank; 0 reads when asked."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class _Writer:
         if os.path.exists(f"{prefix}.json") and load_summary(prefix) is None:
             raise DataError(f"{prefix}.json exists and is no summary of ours; choose another --output prefix")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Writer:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         try:

@@ -54,7 +54,7 @@ def test_only_prose_is_kept(gather_text: ModuleType) -> None:
     x, y, z = compute(a[0], b[1]) if (c == d) else {e: f(g) for h in i}  # code
     +------+------+   | a | b |   +------+------+   | c | d |   the table is not prose
 
-    Les paragraphes dans une autre langue ne sont pas gardés, même quand ils sont bien longs.
+    Les mots de cette phrase sont connus de tous, mais ils ne sont pas dans la bonne langue pour nous.
 
     The second paragraph is wrapped over two lines
     and must come out as one, see the `manual <https://example.org>`_ for more.

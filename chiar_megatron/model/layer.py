@@ -60,7 +60,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         self.meta_router = None
         if self.layer_number == 1 and model.meta_router.enabled:
             group = pg_collection.tp if config.sequence_parallel else None
-            self.meta_router = MetaRouter(model.meta_router, config.hidden_size, group)
+            self.meta_router = MetaRouter(model.meta_router, config.hidden_size, group, config.params_dtype)
             mark_sequence_parallel(self.meta_router, config.sequence_parallel)
 
     def _build_operators(self, pg_collection: ProcessGroupCollection) -> None:
@@ -70,14 +70,16 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         self.rbf = None
         self.statistics = RoutingStatistics() if self.kind == "R" else None
         if self.kind in "DR":
-            self.spectral = SpectralMixing(config.hidden_size, device=current_device())
+            self.spectral = SpectralMixing(config.hidden_size, config.params_dtype, current_device())
             mark_sequence_parallel(self.spectral, sequence_parallel)
             self.spectral_norm = Norm(config, config.hidden_size)
         if self.kind in "AR":
             self.self_attention = SelfAttention(config, self.layer_number, model.rotary_base, pg_collection)
             self.input_layernorm = Norm(config, config.hidden_size)
         if self.kind == "R":
-            self.router = build_router(model.router, config.hidden_size, self.layer_number)
+            self.router = build_router(
+                model.router, config.hidden_size, self.layer_number, config.params_dtype
+            )
             mark_sequence_parallel(self.router, sequence_parallel)
             if _blends_rbf(model):
                 self.rbf = RBFOperator(config, model, self.layer_number, pg_collection)

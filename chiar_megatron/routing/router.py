@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chiar_megatron.config.schema import RouterConfig
 from chiar_megatron.operators.context import ForwardContext, sequence_shard
+from chiar_megatron.operators.linear import Float32Linear
 from chiar_megatron.routing.decision import ATTENTION, RBF, SPECTRAL, RouteDecision
 from chiar_megatron.routing.entropy import spectral_entropy
 from chiar_megatron.runtime.device import current_device
@@ -27,7 +28,7 @@ class Router(torch.nn.Module):
 
     threshold: Tensor
 
-    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int) -> None:
+    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
@@ -65,9 +66,9 @@ class Router(torch.nn.Module):
 class EntropyRouter(Router):
     """`entropy` (paper): attention iff H(x) > τ. `entropy_gated`: the same, its output times 2σ(s(x))."""
 
-    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int) -> None:
-        super().__init__(config, hidden_size, layer_number)
-        self.gate_score = LinearScore(hidden_size) if config.kind == "entropy_gated" else None
+    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int, dtype: torch.dtype) -> None:
+        super().__init__(config, hidden_size, layer_number, dtype)
+        self.gate_score = LinearScore(hidden_size, dtype) if config.kind == "entropy_gated" else None
 
     def decide(self, x_SBH: Tensor, context: ForwardContext, shard: tuple[int, int]) -> RouteDecision:
         """See the class."""
@@ -80,9 +81,9 @@ class EntropyRouter(Router):
 class LearnedRouter(Router):
     """Attention iff s(x) > τ; attention's output times 2σ(s(x)), so that the score is trained."""
 
-    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int) -> None:
-        super().__init__(config, hidden_size, layer_number)
-        self.score = LinearScore(hidden_size)
+    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int, dtype: torch.dtype) -> None:
+        super().__init__(config, hidden_size, layer_number, dtype)
+        self.score = LinearScore(hidden_size, dtype)
 
     def decide(self, x_SBH: Tensor, context: ForwardContext, shard: tuple[int, int]) -> RouteDecision:
         """See the class."""
@@ -97,10 +98,10 @@ class BlendRouter(Router):
     soft blends every operator's output by g; hard takes the largest, straight-through to the softmax.
     """
 
-    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int) -> None:
-        super().__init__(config, hidden_size, layer_number)
+    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int, dtype: torch.dtype) -> None:
+        super().__init__(config, hidden_size, layer_number, dtype)
         operators = 1 + (RBF if config.operators == "spectral_attention_rbf" else ATTENTION)
-        self.gate_proj = torch.nn.Linear(hidden_size + 1, operators, device=current_device())
+        self.gate_proj = Float32Linear(hidden_size + 1, operators, dtype)
 
     def decide(self, x_SBH: Tensor, context: ForwardContext, shard: tuple[int, int]) -> RouteDecision:
         """See the class."""
@@ -153,9 +154,9 @@ class RandomRouter(Router):
 class LinearScore(torch.nn.Module):
     """s(x) = Linear(x / rms(x)), float32 `[..., h]` -> `[...]`: blind to the residual stream's growth."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.linear = torch.nn.Linear(hidden_size, 1, device=current_device())
+        self.linear = Float32Linear(hidden_size, 1, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 scores."""
@@ -163,15 +164,17 @@ class LinearScore(torch.nn.Module):
         return self.linear(x).squeeze(-1)  # type: ignore[no-any-return]
 
 
-def build_router(config: RouterConfig, hidden_size: int, layer_number: int) -> Router:
-    """The router of one routed layer."""
+def build_router(
+    config: RouterConfig, hidden_size: int, layer_number: int, dtype: torch.dtype = torch.float32
+) -> Router:
+    """The router of one routed layer, its parameters in `dtype`."""
     if config.kind in _BLENDING:
-        return BlendRouter(config, hidden_size, layer_number)
+        return BlendRouter(config, hidden_size, layer_number, dtype)
     if config.kind == "learned":
-        return LearnedRouter(config, hidden_size, layer_number)
+        return LearnedRouter(config, hidden_size, layer_number, dtype)
     if config.kind == "random":
-        return RandomRouter(config, hidden_size, layer_number)
-    return EntropyRouter(config, hidden_size, layer_number)
+        return RandomRouter(config, hidden_size, layer_number, dtype)
+    return EntropyRouter(config, hidden_size, layer_number, dtype)
 
 
 def blend_entropy(weights_SBO: Tensor, sum_over_shards: Callable[[Tensor], Tensor]) -> Tensor:

@@ -31,12 +31,16 @@ class GenerationState:
     length: int = 0
     layers: dict[int, LayerCache] = field(default_factory=dict)
     features_SBF: dict[int, Tensor] = field(default_factory=dict)  # RBF features by layer
-    prefix_sum_BH: Tensor | None = None  # of the embeddings, for MetaRouter's `causal` pooling
+    # For MetaRouter's `causal` pooling: sum of the embeddings of the last token's document, and their number.
+    prefix_sum_BH: Tensor | None = None
+    prefix_count_B1: Tensor | None = None
 
 
 @dataclass
 class ForwardContext(PackedSeqParams):
     """Context of one micro-batch; all tensors cover the whole sequence, also under sequence parallelism.
+
+    In generation tokens_BS are this call's tokens, document_ids_BS those of all tokens so far.
 
     tokens_BS: int64 ids, read by the random router.
     document_ids_BS: int64, number of each token's document; None: one document.

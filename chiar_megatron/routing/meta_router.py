@@ -8,7 +8,8 @@ import torch.distributed.nn.functional as dist_functional
 from torch import Tensor
 
 from chiar_megatron.config.schema import MetaRouterConfig
-from chiar_megatron.operators.context import ForwardContext
+from chiar_megatron.operators.context import ForwardContext, GenerationState
+from chiar_megatron.operators.linear import Float32Linear
 from chiar_megatron.runtime.device import current_device
 
 
@@ -23,14 +24,18 @@ class MetaRouter(torch.nn.Module):
     running_weight: Tensor
 
     def __init__(
-        self, config: MetaRouterConfig, hidden_size: int, sequence_group: dist.ProcessGroup | None
+        self,
+        config: MetaRouterConfig,
+        hidden_size: int,
+        sequence_group: dist.ProcessGroup | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """sequence_group: processes that hold parts of one sequence; None if this one holds it whole."""
         super().__init__()
         self.config = config
         self.sequence_group = sequence_group
         device = current_device()
-        self.gate_proj = torch.nn.Linear(hidden_size, 1, device=device)
+        self.gate_proj = Float32Linear(hidden_size, 1, dtype)
         self.register_buffer("running_mean_H", torch.zeros(hidden_size, device=device))
         # Share of the average that steps have filled; dividing by it corrects the start from zero.
         self.register_buffer("running_weight", torch.zeros((), device=device))
@@ -90,21 +95,39 @@ class MetaRouter(torch.nn.Module):
             x_SBH = torch.cat(parts, dim=0)
         sum_SBH = x_SBH.cumsum(dim=0)
         count_SB1 = torch.arange(1, x_SBH.shape[0] + 1, device=x_SBH.device)[:, None, None]
-        state = context.generation
-        if state is not None:
-            if state.prefix_sum_BH is not None:
-                sum_SBH = sum_SBH + state.prefix_sum_BH
-            count_SB1 = count_SB1 + state.length
-            state.prefix_sum_BH = sum_SBH[-1]
         if context.document_ids_BS is not None:
-            sum_SBH, count_SB1 = _restart_at_documents(sum_SBH, x_SBH, context.document_ids_BS)
+            sum_SBH, count_SB1 = _restart_at_documents(sum_SBH, x_SBH, _new_documents(x_SBH, context))
+        if context.generation is not None:
+            sum_SBH, count_SB1 = _continue_prefix(sum_SBH, count_SB1, context, context.generation)
         mean_SBH = sum_SBH / count_SB1
         return mean_SBH[rank * s : (rank + 1) * s] if size > 1 else mean_SBH
 
 
-def _restart_at_documents(sum_SBH: Tensor, x_SBH: Tensor, document_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Prefix sums and counts within each document, from prefix sums over the whole sequence."""
-    ids_SB = document_ids_BS.transpose(0, 1)
+def _new_documents(x_SBH: Tensor, context: ForwardContext) -> Tensor:
+    """Document numbers `[s, b]` of this call's tokens."""
+    assert context.document_ids_BS is not None
+    first = context.position_offset
+    return context.document_ids_BS[:, first : first + x_SBH.shape[0]].transpose(0, 1)
+
+
+def _continue_prefix(
+    sum_SBH: Tensor, count_SB1: Tensor, context: ForwardContext, state: GenerationState
+) -> tuple[Tensor, Tensor]:
+    """Add what earlier calls summed to the tokens that continue their document; remember the new sums."""
+    if state.prefix_sum_BH is not None and state.prefix_count_B1 is not None:
+        before_SBH, before_SB1 = state.prefix_sum_BH[None], state.prefix_count_B1[None]
+        if context.document_ids_BS is not None:
+            last_B = context.document_ids_BS[:, state.length - 1]
+            continues_SB1 = (_new_documents(sum_SBH, context) == last_B)[..., None]
+            before_SBH, before_SB1 = before_SBH * continues_SB1, before_SB1 * continues_SB1
+        sum_SBH, count_SB1 = sum_SBH + before_SBH, count_SB1 + before_SB1
+    state.prefix_sum_BH = sum_SBH[-1]
+    state.prefix_count_B1 = count_SB1[-1].expand(sum_SBH.shape[1], 1)
+    return sum_SBH, count_SB1
+
+
+def _restart_at_documents(sum_SBH: Tensor, x_SBH: Tensor, ids_SB: Tensor) -> tuple[Tensor, Tensor]:
+    """Prefix sums and counts within each document, from prefix sums over all these tokens."""
     starts_SB = torch.ones_like(ids_SB, dtype=torch.bool)
     starts_SB[1:] = ids_SB[1:] != ids_SB[:-1]
     position_S1 = torch.arange(ids_SB.shape[0], device=ids_SB.device)[:, None]

@@ -149,7 +149,7 @@ class RotaryEmbedding(torch.nn.Module):
         """Rotate `[b, n, s, d]` whose first token stands at position `offset`; same shape and dtype."""
         end = offset + x_BNSD.shape[2]
         if self._cos_SD.shape[0] < end or self._cos_SD.device != x_BNSD.device:
-            self._build(end, x_BNSD.device)
+            self._build(max(end, 2 * self._cos_SD.shape[0]), x_BNSD.device)  # generation asks token by token
         cos_SD, sin_SD = self._cos_SD[offset:end], self._sin_SD[offset:end]
         x = x_BNSD.float()
         first, second = x.chunk(2, dim=-1)

@@ -15,16 +15,15 @@ INSTALL_REQUIRES = [
     "rich>=13,<16",  # progress line and tables
     "tqdm>=4.60,<5",  # progress of preprocessing
     "matplotlib>=3.8,<4",  # pictures of runs and scaling laws
+    "tokenizers>=0.21,<0.24",  # GPT-2's and Hugging Face's tokenizer files
     "zstandard>=0.22,<1",  # .zst text
 ]
 
 EXTRAS_REQUIRE = {
     # Python 3.10 is served by transformers 4.x, later ones by 5.x.
-    "huggingface": ["transformers>=4.50,<6", "tokenizers>=0.21,<0.24", "safetensors>=0.4,<1"],
+    "huggingface": ["transformers>=4.50,<6", "safetensors>=0.4,<1"],
     "wandb": ["wandb>=0.19,<1"],
     "tensorboard": ["tensorboard>=2.15,<3"],
-    "mpi": ["mpi4py>=4,<5"],
-    "deepspeed": ["deepspeed>=0.17,<0.20"],
     "dev": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",

@@ -1,4 +1,4 @@
-"""Meters, writers, the progress line and the picture, against files read back by the tools' own readers."""
+"""Meters and writers, against files read back by the tools' own readers."""
 
 from __future__ import annotations
 
@@ -10,43 +10,18 @@ import resource
 import signal
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy
 import pytest
-from matplotlib.image import imread
 
 from chiar_megatron.config.schema import LoggingConfig
 from chiar_megatron.errors import ChiarError, ConfigError
 from chiar_megatron.metrics.jsonl import read_events, read_metrics
 from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
-from chiar_megatron.metrics.picture import draw_run
-from chiar_megatron.metrics.progress import ProgressLine, short_duration, short_number
 from chiar_megatron.metrics.writers import flatten, open_writers, wandb_mode
-
-RECIPE = {"model": {"schedule": "D R*2 A"}, "optimizer": {"lr": 0.001}}
-
-
-def figures(step: int) -> dict[str, Any]:
-    """A record as the training loop logs it, for two routed layers."""
-    return {
-        "loss": 9.0 - 0.01 * step,
-        "tokens_per_second": 1000.0 + step,
-        "routed_fraction": [0.25, 0.75],
-        "gate": 0.5,
-        "validation": {"wiki": 8.0} if step % 2 == 0 else None,
-    }
-
-
-def write_run(run_dir: Path, steps: range, resume_step: int = 0, **logging: Any) -> None:
-    writers = open_writers(run_dir, LoggingConfig(**logging), resume_step, RECIPE)
-    for step in steps:
-        writers.log(step, figures(step))
-    writers.close()
+from tests.unit.metrics_runs import RECIPE, figures, write_run
 
 
 @contextmanager
@@ -365,192 +340,3 @@ def test_wandb_goes_on_under_the_same_id_after_a_resume(tmp_path: Path) -> None:
         content = (path / f"run-{run_id}.wandb").read_bytes()
         for expected in (b"chiar-test", b"routed_fraction/layer_3", b"validation/wiki", b'"lr"'):
             assert expected in content
-
-
-# The progress line
-
-LINE = {
-    "step": 7,
-    "loss": 3.14159,
-    "tokens_per_second": 12345.0,
-    "grad_norm": 0.5,
-    "learning_rate": 3e-4,
-    "routed_fraction": [0.4, 0.6],
-    "gate": 0.22,
-    "eta_seconds": 3725.0,
-    "bad_steps": 0,
-    "restarts": 0,
-}
-
-
-def test_progress_line_in_a_log_file() -> None:
-    assert ProgressLine(100, is_tty=False).render(LINE) == (
-        "step   7/100  loss 3.1416  tokens/s 12.3k  grad 0.5  lr 3.00e-04  routed 0.50 (0.40-0.60)  "
-        "gate 0.220  eta 1h02m"
-    )
-
-
-def test_progress_line_shows_mfu_validation_and_trouble_when_there_are_any() -> None:
-    line = ProgressLine(100, is_tty=False).render(
-        {**LINE, "mfu": 0.417, "bad_steps": 2, "restarts": 1, "gate": None, "validation": {"wiki": 3.5}}
-    )
-    assert "tokens/s 12.3k  MFU 41.7%" in line
-    assert line.endswith("eta 1h02m  val wiki 3.5000  restarts 1  bad steps 2")
-    assert "gate" not in line
-
-
-def test_progress_line_of_a_bad_step() -> None:
-    line = ProgressLine(100, is_tty=False).render({"step": 1, "loss": math.nan, "eta_seconds": math.inf})
-    assert line == "step   1/100  loss nan"
-
-
-def test_progress_line_on_a_terminal_says_the_same() -> None:
-    from rich.text import Text
-
-    marked = ProgressLine(100, is_tty=True).render({**LINE, "validation": {"[wiki]": 3.5}})
-    plain = ProgressLine(100, is_tty=False).render({**LINE, "validation": {"[wiki]": 3.5}})
-    assert marked != plain
-    assert Text.from_markup(marked).plain == plain
-
-
-def test_progress_line_has_a_timestamp_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
-    ProgressLine(100, is_tty=False).show(LINE)
-    day, clock, rest = capsys.readouterr().out.split(" ", 2)
-    assert (len(day), len(clock)) == (10, 8)
-    assert rest.strip() == ProgressLine(100, is_tty=False).render(LINE)
-
-
-@pytest.mark.parametrize("is_tty", [False, True])
-def test_progress_line_outlives_a_full_log_disk(is_tty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = open("/dev/full", "w", buffering=1)
-    monkeypatch.setattr(sys, "stdout", full)
-    ProgressLine(100, is_tty).show(LINE)
-    with pytest.raises(OSError, match="No space left"):
-        full.close()
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(12345, "12.3k"), (999.9, "1.00k"), (950, "950"), (1.5e6, "1.50M"), (123456, "123k"), (0, "0")],
-)
-def test_short_number(value: float, text: str) -> None:
-    assert short_number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (200, "3m20s"), (3725, "1h02m"), (187200, "2d04h")]
-)
-def test_short_duration(seconds: float, text: str) -> None:
-    assert short_duration(seconds) == text
-
-
-# The picture
-
-
-def svg_texts(path: Path) -> str:
-    """Everything written in an SVG of matplotlib, which keeps the words as comments."""
-    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-    root = ElementTree.parse(path, parser).getroot()
-    return "\n".join((node.text or "").strip() for node in root.iter() if node.tag is ElementTree.Comment)
-
-
-def ink(picture: numpy.ndarray, colour: tuple[int, int, int]) -> int:
-    """Pixels of nearly that colour."""
-    rgb = picture[..., :3] * 255
-    return int((numpy.abs(rgb - numpy.array(colour)).max(axis=-1) < 12).sum())
-
-
-BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
-
-
-def test_picture_of_a_run(tmp_path: Path) -> None:
-    write_run(tmp_path, range(1, 60))
-    (tmp_path / "summary.json").write_text('{"unigram_entropy_nats": 8.71}')
-    path = draw_run(tmp_path)
-    assert path == tmp_path / "picture.png"
-    picture = imread(path)
-    assert picture.shape[1] >= 1800
-    assert ink(picture, BLUE) > 3000
-    assert ink(picture, ORANGE) == 0
-    words = svg_texts(path.with_suffix(".svg"))
-    for expected in (
-        "Loss (nats per token)",
-        "Routed fraction",
-        "MetaRouter gate",
-        "Throughput (tokens per second)",
-        "validation wiki",
-        "unigram entropy 8.71",
-        "layer 2",
-        "layer 3",
-        "step",
-    ):
-        assert expected in words
-
-
-def test_picture_with_the_twin(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", range(1, 30))
-    write_run(tmp_path / "twin", range(1, 50))
-    path = draw_run(tmp_path / "run", tmp_path / "out" / "both.png", {"full attention": tmp_path / "twin"})
-    assert path == tmp_path / "out" / "both.png"
-    assert ink(imread(path), ORANGE) > 1000
-    words = svg_texts(path.with_suffix(".svg"))
-    assert "full attention, training" in words
-    assert "this run, training" in words
-    assert "unigram" not in words
-
-
-def test_picture_of_many_layers_has_a_colour_bar(tmp_path: Path) -> None:
-    writers = open_writers(tmp_path, LoggingConfig(), 0, {"model": {"schedule": "D R*26 A"}})
-    for step in range(1, 20):
-        writers.log(step, {**figures(step), "routed_fraction": [i / 26 for i in range(26)]})
-    writers.close()
-    words = svg_texts(draw_run(tmp_path).with_suffix(".svg")).splitlines()
-    assert "layer" in words
-    assert {"2", "27"} <= set(words)
-
-
-def test_picture_says_what_a_run_does_not_have_and_skips_bad_steps(tmp_path: Path) -> None:
-    writers = open_writers(tmp_path, LoggingConfig(), 0, {"model": {"schedule": "A*4"}})
-    for step in range(1, 6):
-        loss = math.nan if step == 3 else 5.0
-        writers.log(step, {"loss": loss, "tokens_per_second": 10.0, "gate": None, "routed_fraction": []})
-    writers.close()
-    words = svg_texts(draw_run(tmp_path).with_suffix(".svg"))
-    assert "no routed layers" in words
-    assert "no MetaRouter" in words
-
-
-def test_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
-    write_run(tmp_path, range(1, 10))
-    first, second = draw_run(tmp_path, tmp_path / "a.png"), draw_run(tmp_path, tmp_path / "b.png")
-    assert first.read_bytes() == second.read_bytes()
-    assert first.with_suffix(".svg").read_bytes() == second.with_suffix(".svg").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "metrics.jsonl does not exist"),
-        ("", "0 steps with a loss"),
-        ('{"step": 1, "loss": 2.0}\n', "1 steps with a loss"),
-        ('{"step": 1, "loss": 2.0}\nnonsense\n{"step": 2, "loss": 2.0}\n', "line 2"),
-        ('{"loss": 2.0}\n', "line 1"),
-    ],
-)
-def test_picture_without_enough_to_draw_is_one_line(
-    tmp_path: Path, content: str | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(ChiarError, match=message) as caught:
-        draw_run(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_picture_refuses_other_formats_and_a_broken_summary(tmp_path: Path) -> None:
-    write_run(tmp_path, range(1, 4))
-    with pytest.raises(ChiarError, match=r"\.png"):
-        draw_run(tmp_path, tmp_path / "run.jpg")
-    (tmp_path / "summary.json").write_text("[1]")
-    with pytest.raises(ChiarError, match=r"summary\.json"):
-        draw_run(tmp_path)

@@ -56,12 +56,17 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def list_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, oldest first."""
+def step_folders(folder: Path) -> list[int]:
+    """Steps of all checkpoint folders, whole or not, oldest first."""
     if not folder.is_dir():
         return []
-    matches = (_STEP.match(path.name) for path in folder.iterdir() if (path / MANIFEST).is_file())
+    matches = (_STEP.match(path.name) for path in folder.iterdir() if path.is_dir())
     return sorted(int(match.group(1)) for match in matches if match)
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that have a manifest, oldest first."""
+    return [step for step in step_folders(folder) if (step_folder(folder, step) / MANIFEST).is_file()]
 
 
 def file_digest(path: Path) -> dict[str, Any]:
@@ -75,17 +80,14 @@ def file_digest(path: Path) -> dict[str, Any]:
     return {"bytes": size, "blake2b": digest.hexdigest()}
 
 
-def payload_files(folder: Path) -> list[str]:
-    """Names of all files the manifest covers, sorted."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-
-
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Raises CheckpointError if there is none or it is torn."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: {MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {MANIFEST}: {error}; the checkpoint is torn") from None
+        raise CheckpointError(f"{folder}: {MANIFEST} is torn: {error}") from None
     if not isinstance(manifest, dict) or INFO not in manifest:
         raise CheckpointError(f"{folder}: {MANIFEST} is torn")
     return manifest
@@ -95,12 +97,15 @@ def find_damage(folder: Path, names: list[str], manifest: dict[str, dict[str, An
     """First of these files that differs from the manifest, in words; None if all agree."""
     for name in names:
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != manifest[name]["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, {manifest[name]['bytes']} were written"
-        if file_digest(path) != manifest[name]:
-            return f"{name} has other content than was written"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != manifest[name]["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, {manifest[name]['bytes']} were written"
+            if file_digest(path) != manifest[name]:
+                return f"{name} has other content than was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
 
 
@@ -134,16 +139,17 @@ def resolve_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     for folder in (path, path / "checkpoints"):
-        steps = list_steps(folder)
+        steps = complete_steps(folder)
         if steps:
-            return step_folder(folder, _pointed_step(folder, steps))
+            pointed = pointed_step(folder)
+            return step_folder(folder, pointed if pointed in steps else steps[-1])
     raise CheckpointError(f"{path}: holds no checkpoint (no step_… folder with {MANIFEST})")
 
 
-def _pointed_step(folder: Path, steps: list[int]) -> int:
-    """The step `latest` names if it is complete, else the newest complete one."""
+def pointed_step(folder: Path) -> int | None:
+    """The step that `latest` names; None if it is missing or torn."""
     try:
         match = _STEP.match((folder / LATEST).read_text().strip())
-    except OSError:
-        match = None
-    return int(match.group(1)) if match and int(match.group(1)) in steps else steps[-1]
+    except (OSError, ValueError):
+        return None
+    return int(match.group(1)) if match else None

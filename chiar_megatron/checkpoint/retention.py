@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-from chiar_megatron.checkpoint.files import MANIFEST, step_folder
+from chiar_megatron.checkpoint.files import CheckpointInfo, complete_steps, step_folder
 from chiar_megatron.config.schema import CheckpointConfig
+from chiar_megatron.errors import CheckpointError
 
 
-def steps_to_delete(folder: Path, steps: list[int], config: CheckpointConfig) -> list[int]:
-    """Steps whose checkpoints are no longer wanted. steps: all complete ones, oldest first."""
+def steps_to_delete(folder: Path, config: CheckpointConfig) -> list[int]:
+    """Steps whose checkpoints in a folder are no longer wanted, oldest first."""
     if config.keep_last <= 0:
         return []
-    times = {step: (step_folder(folder, step) / MANIFEST).stat().st_mtime for step in steps}
-    return choose_deleted(steps, times, config)
+    times = {}
+    for step in complete_steps(folder):
+        with suppress(CheckpointError):  # a damaged one is left to the user
+            times[step] = CheckpointInfo.read(step_folder(folder, step)).created_unix_seconds
+    return choose_deleted(times, config)
 
 
-def choose_deleted(steps: list[int], times: dict[int, float], config: CheckpointConfig) -> list[int]:
-    """The choice alone; times: when each was written, in seconds."""
-    older = steps[: -config.keep_last]
+def choose_deleted(times: dict[int, float], config: CheckpointConfig) -> list[int]:
+    """The choice alone. times: when the checkpoint of each step was written, in seconds, oldest first."""
+    older = list(times)[: -config.keep_last]
     if config.keep_every_minutes <= 0:
         return older
     deleted, last_kept = [], None

@@ -1,8 +1,8 @@
-"""Save and load on megatron-core's `dist_checkpointing`, by all ranks together.
+"""Save and load on megatron-core's distributed checkpoint format, by all ranks together.
 
-A save goes into a hidden folder beside its final name; every rank hashes the files it wrote, rank 0
-writes the manifest, renames, and moves the `latest` pointer last. Killed anywhere, it leaves the
-checkpoints before it as they were.
+A save goes into a hidden folder beside its final name; every rank writes and hashes its own files, rank 0
+adds the manifest, renames, and moves the `latest` pointer last. Killed anywhere, it leaves the checkpoints
+before it as they were.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import CheckpointException
 
+from chiar_megatron.checkpoint.agree import first_failure, gather, on_main
 from chiar_megatron.checkpoint.files import (
     INFO,
     LATEST,
@@ -27,114 +32,157 @@ from chiar_megatron.checkpoint.files import (
     CheckpointInfo,
     file_digest,
     find_damage,
-    list_steps,
-    payload_files,
+    pointed_step,
     read_manifest,
     step_folder,
+    step_folders,
     sync_folder,
     write_durably,
 )
 from chiar_megatron.checkpoint.retention import steps_to_delete
+from chiar_megatron.checkpoint.sharded import ShardedWrite, disk_remedy
 from chiar_megatron.config.schema import CheckpointConfig
 from chiar_megatron.errors import CheckpointError
+from chiar_megatron.runtime.device import current_device
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Commit:
+    """A checkpoint that is on the disk under its final name."""
+
+    step: int
+    seconds: float
+    """From the start of the save."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where to continue from, and what was wrong with what is newer."""
+
+    folder: Path | None
+    problems: list[str]
+
+
 class CheckpointStore:
-    """The checkpoints of one run folder. Every method is called by all ranks alike."""
+    """The checkpoints of one run folder. Every method is called by all ranks alike.
+
+    One save is under way at a time: `save` waits for it; `start` lets a thread write while training goes on,
+    and `poll` or `finish` commits it.
+    """
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder = folder
         self.config = config
-        # A forked writer sees the tensors as they were at the fork, so training may go on.
-        self._queue = AsyncCallsQueue(persistent=False)
+        self._pending: _Save | None = None
+        self._validated = False
 
-    def save(self, state: dict[str, Any], info: CheckpointInfo) -> None:
-        """Write a checkpoint; with `async_save` return once its writers are forked.
+    def save(self, state: dict[str, Any], info: CheckpointInfo, delete_old: bool = True) -> Commit:
+        """Write and commit a checkpoint.
 
-        state: sharded state (see `MegatronEngine.sharded_state`). Raises CheckpointError on every rank,
-        the half-written folder removed, if any rank cannot write (disk full, say).
+        state: sharded state (see `MegatronEngine.sharded_state`); consumed. delete_old: let it replace
+        older ones. Raises CheckpointError on every rank, the half-written folder removed and earlier
+        checkpoints untouched, if any rank cannot write (disk full, say).
         """
-        self.finish_pending()
-        temporary = self._temporary(info.step)
-        self._on_main(lambda: self._prepare(temporary))
-        request, error = None, None
-        try:
-            request = dist_checkpointing.save(
-                state,
-                str(temporary),
-                async_sharded_save=self.config.async_save,
-                content_metadata={"non_homogeneous_layers": True},
+        return self._commit(self._plan(state, info, delete_old, copy=False))
+
+    def start(self, state: dict[str, Any], info: CheckpointInfo, delete_old: bool = True) -> None:
+        """Begin a save whose tensors, copied now, a thread writes while training goes on.
+
+        Raises CheckpointError on every rank if the folder cannot be made.
+        """
+        self._pending = self._plan(state, info, delete_old, copy=True)
+        self._pending.start_thread()
+
+    def poll(self) -> Commit | None:
+        """Commit an asynchronous save if all ranks have written; cheap when none is under way.
+
+        Raises as `save` does.
+        """
+        if self._pending is None:
+            return None
+        unwritten = torch.tensor(float(self._pending.is_writing()), device=current_device())
+        dist.all_reduce(unwritten)
+        return None if float(unwritten) > 0.0 else self.finish()
+
+    def finish(self) -> Commit | None:
+        """Wait for the save under way and commit it; None if there is none. Raises as `save` does."""
+        if self._pending is None:
+            return None
+        save, self._pending = self._pending, None
+        return self._commit(save)
+
+    def _plan(self, state: dict[str, Any], info: CheckpointInfo, delete_old: bool, copy: bool) -> _Save:
+        assert self._pending is None, "finish the save before"
+        temporary = self.folder / f".{step_folder(self.folder, info.step).name}.tmp"
+        on_main(lambda: self._prepare(temporary))
+        sharded = ShardedWrite(state, temporary, copy, validate=not self._validated)
+        self._validated = True
+        return _Save(sharded, info, temporary, delete_old)
+
+    def _commit(self, save: _Save) -> Commit:
+        problem = first_failure(save.write())
+        if problem is None:
+            parts = gather((save.results, save.digests))
+            try:
+                on_main(lambda: self._publish(save, parts))
+            except CheckpointError as error:
+                problem = str(error)
+        if problem is not None:
+            on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+            raise CheckpointError(
+                f"checkpoint of step {save.info.step} not written: {problem}; earlier ones are untouched"
             )
-        except (OSError, CheckpointingException, RuntimeError) as failure:
-            error = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        self._agree(error, temporary)
-        if request is None:
-            self._commit(temporary, info)
-            return
-        request.add_finalize_fn(lambda: self._commit(temporary, info))
-        self._queue.schedule_async_request(request)
-
-    def poll(self) -> None:
-        """Commit an asynchronous save whose writers are done; cheap when none is under way."""
-        if self._queue.get_num_unfinalized_calls() > 0:
-            self._finalize(blocking=False)
-
-    def finish_pending(self) -> None:
-        """Wait for an asynchronous save and commit it."""
-        if self._queue.get_num_unfinalized_calls() > 0:
-            self._finalize(blocking=True)
-
-    def _finalize(self, blocking: bool) -> None:
-        try:
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
-        except (OSError, CheckpointingException, RuntimeError) as failure:
-            raise CheckpointError(f"checkpoint not written: {failure}") from None
-
-    def _temporary(self, step: int) -> Path:
-        return self.folder / f".step_{step:08d}.tmp"
+        return Commit(save.info.step, time.monotonic() - save.started)
 
     def _prepare(self, temporary: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".step_*.tmp"):  # of saves that were killed
-            shutil.rmtree(leftover)
-        temporary.mkdir()
-
-    def _commit(self, temporary: Path, info: CheckpointInfo) -> None:
-        digests, error = {}, None
         try:
-            digests = {
-                name: file_digest(temporary / name) for name in self._own_share(payload_files(temporary))
-            }
-        except OSError as failure:
-            error = str(failure)
-        self._agree(error, temporary)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, digests)
-        manifest = {name: digest for part in gathered for name, digest in part.items()}
-        self._on_main(lambda: self._publish(temporary, info, manifest))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            temporary.mkdir()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint folder {self.folder} cannot be written: {error}{disk_remedy(error)}"
+            ) from None
 
-    def _publish(self, temporary: Path, info: CheckpointInfo, manifest: dict[str, Any]) -> None:
-        info.write(temporary)
-        manifest[INFO] = file_digest(temporary / INFO)
-        write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-        final = step_folder(self.folder, info.step)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync_folder(self.folder)
-        write_durably(self.folder / LATEST, final.name + "\n")
-        for old in steps_to_delete(self.folder, list_steps(self.folder), self.config):
-            shutil.rmtree(step_folder(self.folder, old), ignore_errors=True)
+    def _remove_leftovers(self) -> None:
+        """What saves and deletions that were killed have left."""
+        for leftover in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
-    def find(self, wanted: int | None = None) -> Path | None:
-        """Newest checkpoint whose files all agree with its manifest, or that of step `wanted`; None if none.
+    def _publish(self, save: _Save, parts: list[tuple[list[Any], dict[str, Any]]]) -> None:
+        temporary = save.temporary
+        try:
+            manifest = {name: digest for _, digests in parts for name, digest in digests.items()}
+            for name in save.sharded.finish([results for results, _ in parts]):
+                manifest[name] = file_digest(temporary / name)
+            save.info.write(temporary)
+            manifest[INFO] = file_digest(temporary / INFO)
+            write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+            final = step_folder(self.folder, save.info.step)
+            if final.exists():
+                _remove(final)
+            temporary.rename(final)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"{error}{disk_remedy(error)}") from None
+        # The checkpoint stands now, whatever happens to the rest.
+        try:
+            write_durably(self.folder / LATEST, final.name + "\n")
+            if save.delete_old:
+                for old in steps_to_delete(self.folder, self.config):
+                    _remove(step_folder(self.folder, old))
+        except OSError as error:
+            _log.warning("%s: %s", self.folder, error)
+
+    def find(self, wanted: int | None = None) -> Found:
+        """Newest checkpoint whose files all agree with its manifest, or that of step `wanted`.
 
         A damaged one is set aside as `damaged_step_…` and the one before it taken, saying so.
         Raises CheckpointError if there is no whole one of step `wanted`.
         """
-        steps = self._broadcast(list_steps(self.folder))
+        steps, problems = on_main(self._survey)
         if wanted is not None:
             if wanted not in steps:
                 raise CheckpointError(
@@ -145,71 +193,98 @@ class CheckpointStore:
             folder = step_folder(self.folder, step)
             damage = self.verify(folder)
             if damage is None:
-                return folder
+                on_main(partial(self._point_to, folder))
+                return Found(folder, problems)
             if step == wanted:
                 raise CheckpointError(f"checkpoint.load_step {wanted}: {folder} is damaged: {damage}")
-            _log.warning("checkpoint %s is damaged (%s); taking the one before it", folder, damage)
-            self._on_main(lambda folder=folder: _set_aside(folder, "damaged"))
-        return None
+            aside = on_main(partial(_set_aside, folder, "damaged"))
+            problems.append(f"{folder} is damaged ({damage}); kept as {aside.name}, the one before is taken")
+        return Found(None, problems)
+
+    def _survey(self) -> tuple[list[int], list[str]]:
+        """Steps of all checkpoint folders, oldest first, and what is wrong with the pointer."""
+        if not self.folder.is_dir():
+            return [], []
+        self._remove_leftovers()
+        steps = sorted(step_folders(self.folder))
+        pointer = self.folder / LATEST
+        if steps and pointer.exists() and pointed_step(self.folder) not in steps:
+            return steps, [f"{pointer} is torn or names a checkpoint that is gone; the newest one is taken"]
+        return steps, []
+
+    def _point_to(self, folder: Path) -> None:
+        """A kill between the rename and the pointer leaves it one behind."""
+        if f"step_{pointed_step(self.folder) or 0:08d}" != folder.name:
+            write_durably(self.folder / LATEST, folder.name + "\n")
 
     def verify(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, in words; None if nothing. Ranks share the hashing."""
         try:
-            manifest = read_manifest(folder)
+            manifest = on_main(lambda: read_manifest(folder))
         except CheckpointError as error:
-            return str(error)
-        damage = find_damage(folder, self._own_share(sorted(manifest)), manifest)
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, damage)
+            return str(error).removeprefix(f"{folder}: ")
+        share = sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
+        found = gather(find_damage(folder, share, manifest))
         return next((text for text in found if text is not None), None)
 
     def has_marker(self, name: str) -> bool:
         """Whether `set_newer_aside` has left this marker in the folder."""
-        return bool(self._broadcast((self.folder / name).exists()))
+        return on_main(lambda: (self.folder / name).exists())
 
     def set_newer_aside(self, step: int, marker: str) -> None:
         """After going back to `step`: keep newer checkpoints under another name, and remember it."""
 
         def rename() -> None:
-            for newer in (s for s in list_steps(self.folder) if s > step):
+            for newer in (s for s in step_folders(self.folder) if s > step):
                 _set_aside(step_folder(self.folder, newer), "aside")
-            write_durably(self.folder / LATEST, step_folder(self.folder, step).name + "\n")
+            self._point_to(step_folder(self.folder, step))
             write_durably(self.folder / marker, "")
 
-        self._on_main(rename)
+        on_main(rename)
 
-    def _own_share(self, names: list[str]) -> list[str]:
-        return names[dist.get_rank() :: dist.get_world_size()]
 
-    def _agree(self, error: str | None, temporary: Path) -> None:
-        """Raise on every rank if any has an error; the half-written folder is removed."""
-        errors: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        for rank, text in enumerate(errors):
-            if text is not None:
-                if dist.get_rank() == 0:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                raise CheckpointError(
-                    f"checkpoint not written: rank {rank}: {text}; earlier ones are untouched"
-                )
+class _Save:
+    """This rank's part of one save."""
 
-    def _on_main(self, action: Any) -> None:
-        """Do something on rank 0; if it fails, every rank raises."""
-        error = None
-        if dist.get_rank() == 0:
-            try:
-                action()
-            except OSError as failure:
-                error = str(failure)
-        error = self._broadcast(error)
-        if error is not None:
-            raise CheckpointError(f"checkpoint folder {self.folder}: {error}")
+    def __init__(
+        self, sharded: ShardedWrite, info: CheckpointInfo, temporary: Path, delete_old: bool
+    ) -> None:
+        self.sharded = sharded
+        self.info = info
+        self.temporary = temporary
+        self.delete_old = delete_old
+        self.started = time.monotonic()
+        self.results: list[Any] = []
+        self.digests: dict[str, dict[str, Any]] = {}
+        self._problem: str | None = None
+        self._thread: threading.Thread | None = None
 
-    @staticmethod
-    def _broadcast(value: Any) -> Any:
-        holder = [value]
-        dist.broadcast_object_list(holder, src=0)
-        return holder[0]
+    def start_thread(self) -> None:
+        """Write in the background; the process may end without waiting for it."""
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_writing(self) -> bool:
+        """Whether the thread is still at it."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def write(self) -> str | None:
+        """Write, or wait for the thread; what went wrong, if anything."""
+        if self._thread is None:
+            self._write()
+        else:
+            self._thread.join()
+        return self._problem
+
+    def _write(self) -> None:
+        try:
+            names, self.results = self.sharded.write()
+            self.digests = {name: file_digest(self.temporary / name) for name in names}
+        except OSError as error:
+            self._problem = f"{error}{disk_remedy(error)}"
+        except Exception as error:  # a thread's exception would be lost, and the save believed written
+            _log.exception("checkpoint of step %d", self.info.step)
+            self._problem = f"{type(error).__name__}: {error}"
 
 
 def load_state(folder: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
@@ -218,10 +293,15 @@ def load_state(folder: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     Raises CheckpointError naming a tensor that is missing or of another shape.
     """
     try:
-        return dist_checkpointing.load(sharded_state, str(folder))  # type: ignore[no-any-return]
-    except (CheckpointingException, KeyError, ValueError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{folder} does not fit this model: {first_line}") from error
+        with warnings.catch_warnings():
+            # megatron-core calls torch's loader by its old name.
+            warnings.filterwarnings("ignore", message=".*load_state_dict. is deprecated.*")
+            return dist_checkpointing.load(sharded_state, str(folder))  # type: ignore[no-any-return]
+    except CheckpointException as error:  # no subclass of Exception
+        cause = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{folder} does not fit this model: {_first_line(cause)}") from error
+    except (CheckpointingException, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} does not fit this model: {_first_line(error)}") from error
 
 
 def make_info(
@@ -241,6 +321,19 @@ def make_info(
     )
 
 
-def _set_aside(folder: Path, prefix: str) -> None:
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+def _set_aside(folder: Path, prefix: str) -> Path:
     target = folder.with_name(f"{prefix}_{folder.name}_{int(time.time())}")
     folder.rename(target)
+    return target
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint: renamed first, so that a kill never leaves half of one under its name."""
+    doomed = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from types import FrameType
 
 from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.training.signals import StopSignals
 from chiar_megatron.training.step import Requests
-
-
-class StopSignals:
-    """Turns SIGTERM and SIGUSR1 into a request, so that a step is finished and saved before the exit."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
 
 
 class Schedule:
@@ -29,16 +16,17 @@ class Schedule:
         self.config = config
         self.is_main = is_main
         self.signals = signals
-        self.started = self.last_save = time.monotonic()
+        self.last_save = time.monotonic()
 
     def requests(self) -> Requests:
         """Clocks differ between ranks: only rank 0's counts."""
-        now = time.monotonic()
-        limit = self.config.training.exit_after_minutes
         every = self.config.checkpoint.save_interval_minutes
-        out_of_time = self.is_main and limit is not None and now - self.started >= limit * 60
-        save = self.is_main and every > 0 and now - self.last_save >= every * 60
-        return Requests(stop=self.signals.received is not None or out_of_time, save=save)
+        save = self.is_main and every > 0 and time.monotonic() - self.last_save >= every * 60
+        return Requests(stop=self.signals.received is not None or self._out_of_time(), save=save)
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.training.exit_after_minutes
+        return self.is_main and limit is not None and time.monotonic() - self.signals.started >= limit * 60
 
     def saved(self) -> None:
         """Start the interval anew."""
@@ -56,5 +44,7 @@ class Schedule:
         return self.config.training.eval_steps > 0 and (last or (every > 0 and step % every == 0))
 
     def stop_reason(self) -> str:
-        """Why this rank asked to stop, if it did."""
-        return self.signals.received or "time_limit"
+        """Why the run stops, as far as this rank knows."""
+        if self.signals.received is not None:
+            return self.signals.received
+        return "exit_after_minutes" if self._out_of_time() else "signal to another rank"

@@ -4,52 +4,70 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from chiar_megatron.checkpoint.store import CheckpointStore, make_info
+from chiar_megatron.checkpoint.agree import on_main
+from chiar_megatron.checkpoint.files import CheckpointInfo
+from chiar_megatron.checkpoint.store import CheckpointStore, Commit, make_info
 from chiar_megatron.config.load import resolve_config, to_dict
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.config.validate import check_config
 from chiar_megatron.data.dataset import Streams, TokenBatch, TokenStream, build_streams
 from chiar_megatron.data.loader import BatchLayout, evaluation_batches, read_ahead
 from chiar_megatron.data.tokenizer import load_tokenizer
-from chiar_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, CheckpointError, ChiarError, DataError
+from chiar_megatron.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_RESUMABLE,
+    CheckpointError,
+    ChiarError,
+    DataError,
+)
 from chiar_megatron.runtime.device import set_deterministic
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 from chiar_megatron.training.engine import MegatronEngine, StepResult
-from chiar_megatron.training.hooks import Schedule, StopSignals
+from chiar_megatron.training.hooks import Schedule
 from chiar_megatron.training.report import Reporter
 from chiar_megatron.training.restore import restore
 from chiar_megatron.training.run_folder import RunFolder
+from chiar_megatron.training.signals import StopSignals
 
 _log = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, world: World) -> int:
+def pretrain(config: RunConfig, world: World, signals: StopSignals | None = None) -> int:
     """Train, or continue, the run of a recipe; returns the exit code (0 done, 75 stopped, resumable).
 
-    Raises ChiarError for whatever the user can mend.
+    signals: noted since the process began; None notes them from now on. Raises ChiarError for whatever
+    the user can mend.
     """
-    signals = StopSignals()
+    signals = signals or StopSignals()
     config = resolve(config)
     check_config(config, world.size)
     folder = RunFolder(config.run_dir)
-    if world.is_main:
-        folder.write_start(config, world.size)
-    dist.barrier()
+    on_main(lambda: folder.write_start(config, world.size))
     if config.training.deterministic:
         set_deterministic()
-    streams = build_streams(config, is_builder=world.is_main, barrier=dist.barrier)
-    if streams.train is None:
-        raise DataError("data.train is empty: give the prefix of preprocessed files (see `chiar preprocess`)")
-    trainer = Trainer(config, world, folder, streams, signals)
+    trainer = None
     try:
+        streams = build_streams(config, is_builder=world.is_main, barrier=dist.barrier)
+        if streams.train is None:
+            raise DataError(
+                "data.train is empty: give the prefix of preprocessed files (see `chiar preprocess`)"
+            )
+        trainer = Trainer(config, world, folder, streams, signals)
         return trainer.run()
     except BaseException as error:
-        trainer.fail(error)
+        reason = "error: " + (str(error).splitlines() or [type(error).__name__])[0]
+        code = EXIT_BAD_INPUT if isinstance(error, ChiarError) else 1
+        if trainer is not None:
+            trainer.end(reason, code)
+        elif world.is_main:
+            folder.write_exit(reason, 0, code)
         raise
 
 
@@ -77,10 +95,13 @@ class Trainer:
         self.engine = MegatronEngine(config, world, self.recorder, replay)
         self.store = CheckpointStore(folder.checkpoints, config.checkpoint)
         self.schedule = Schedule(config, world.is_main, signals)
-        self.step, self.tokens_seen = restore(config, self.engine, self.store)
+        restored = restore(config, self.engine, self.store)
+        self.step, self.tokens_seen = restored.step, restored.tokens_seen
         self.saved_step = self.step if self.step > 0 else None
         self.bad_in_a_row = 0
         self.reporter = Reporter(config, world, folder.path, self.step, self.tokens_seen)
+        for problem in restored.problems:
+            self._warn("checkpoint_problem", problem)
 
     def run(self) -> int:
         """Train to the end of the recipe, or to a stop."""
@@ -96,11 +117,11 @@ class Trainer:
             self.tokens_seen += result.sums.tokens
             self._judge(result)
             self._report_and_validate(result)
-            self.store.poll()
+            self._settle(self.store.poll)
             if result.sums.requests.stop:
                 stop_reason = self.schedule.stop_reason()
                 break
-            if result.sums.requests.save or self.schedule.save_due(self.step):
+            if self.bad_in_a_row == 0 and (result.sums.requests.save or self.schedule.save_due(self.step)):
                 self._save(required=False)
         return self._finish(stop_reason)
 
@@ -127,11 +148,13 @@ class Trainer:
         self.reporter.bad_step(self.step, result)
         if self.bad_in_a_row < self.config.training.max_bad_steps:
             return
-        self._save(required=True)
+        # Weights are as before those steps, but maybe near their end: older checkpoints stay.
+        self._save(required=True, delete_old=False)
         raise ChiarError(
-            f"loss or gradient was not finite in {self.bad_in_a_row} steps in a row (training.max_bad_steps), "
-            f"up to step {self.step}; those steps changed no weights, and a checkpoint was kept. Go back with "
-            "checkpoint.load_step=N, and lower optimizer.lr or leave text out with data.skip_samples"
+            f"loss or gradient was not finite in {self.bad_in_a_row} steps in a row "
+            f"(training.max_bad_steps), up to step {self.step}; those steps changed no weights, and a "
+            "checkpoint was kept. Go back with checkpoint.load_step=N, and lower optimizer.lr or leave text "
+            "out with data.skip_samples"
         )
 
     def _report_and_validate(self, result: StepResult) -> None:
@@ -157,34 +180,50 @@ class Trainer:
                 losses[name] = self.engine.validation_loss(batches)
         return losses
 
-    def _save(self, required: bool) -> None:
+    def _save(self, required: bool, delete_old: bool = True) -> None:
         """Write a checkpoint. A failed one is reported and, unless required, training goes on without it."""
-        if self.saved_step == self.step:
-            return
         started = time.monotonic()
+        self._settle(self.store.finish)
+        if self.saved_step != self.step:
+            info = self._info()
+            state = self.engine.sharded_state(is_loading=False)
+            self.saved_step = self.step
+            in_background = self.config.checkpoint.async_save and not required
+            save = self.store.start if in_background else self.store.save
+            self._settle(lambda: save(state, info, delete_old), required)
+        self.schedule.saved()
+        self.reporter.pause(time.monotonic() - started)
+
+    def _info(self) -> CheckpointInfo:
         parallel = self.config.parallel
         layout = {
             "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
             "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
             "data_parallel_size": self.world.data_parallel_size,
         }
-        info = make_info(self.step, self.tokens_seen, True, layout, to_dict(self.config))
+        return make_info(self.step, self.tokens_seen, True, layout, to_dict(self.config))
+
+    def _settle(self, save: Callable[[], Commit | None], required: bool = False) -> None:
+        """Do a part of a save, and report what came of it."""
         try:
-            self.store.save(self.engine.sharded_state(is_loading=False), info)
-            self.saved_step = self.step
-            self.reporter.event("save", step=self.step, seconds=round(time.monotonic() - started, 3))
+            commit = save()
         except CheckpointError as error:
-            self.reporter.event("save_failed", step=self.step, error=str(error))
+            self.saved_step = None
             if required:
+                self.reporter.event("save_failed", step=self.step, error=str(error))
                 raise
-            if self.world.is_main:
-                _log.warning("%s; training goes on, the next save may succeed", error)
-        self.schedule.saved()
-        self.reporter.pause(time.monotonic() - started)
+            self._warn("save_failed", f"{error}; training goes on, the next save may succeed")
+            return
+        if commit is not None:
+            self.reporter.event("save", step=commit.step, seconds=round(commit.seconds, 3))
+
+    def _warn(self, event: str, text: str) -> None:
+        self.reporter.event(event, step=self.step, error=text)
+        if self.world.is_main:
+            _log.warning("%s", text)
 
     def _finish(self, stop_reason: str | None) -> int:
         self._save(required=True)
-        self.store.finish_pending()
         if self.recorder is not None:
             self.recorder.write(self.world.rank)
         done = self.step >= self.config.training.steps
@@ -192,15 +231,11 @@ class Trainer:
             self.reporter.test(self._validate(self.streams.test))
         code = EXIT_DONE if done else EXIT_RESUMABLE
         reason = "done" if done else (stop_reason or "exit_after_steps")
-        self._end(reason, code)
+        self.end(reason, code)
         return code
 
-    def fail(self, error: BaseException) -> None:
-        """Leave the reason of a failure in the run folder."""
-        reason = "error: " + (str(error).splitlines() or [type(error).__name__])[0]
-        self._end(reason, 2 if isinstance(error, ChiarError) else 1)
-
-    def _end(self, reason: str, code: int) -> None:
+    def end(self, reason: str, code: int) -> None:
+        """Leave the reason in the run folder."""
         self.reporter.event("exit", step=self.step, reason=reason, exit_code=code)
         self.reporter.close()
         if self.world.is_main:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
+from chiar_megatron.checkpoint.agree import on_main
 from chiar_megatron.checkpoint.files import CheckpointInfo, resolve_checkpoint
 from chiar_megatron.checkpoint.store import CheckpointStore, load_state
 from chiar_megatron.config.load import to_dict
 from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.data.dataset import parse_skipped
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.build import SHARDING_METADATA
 from chiar_megatron.training.engine import MegatronEngine
@@ -23,27 +26,48 @@ _SHAPE_FIELDS = (
     "router.kind", "router.operators", "meta_router.enabled",
 )  # fmt: skip
 # Fields on which the order of samples rests: changed in mid-run, samples would be skipped or repeated.
-_ORDER_FIELDS = ("training.global_batch_size", "training.seed", "model.seq_length", "data.train")
+_ORDER_FIELDS = (
+    "training.global_batch_size", "training.seed", "model.seq_length", "data.train", "data.split",
+)  # fmt: skip
+# Fields that decide which state an optimizer has.
+_OPTIMIZER_FIELDS = ("training.precision", "parallel.distributed_optimizer")
 
 
-def restore(config: RunConfig, engine: MegatronEngine, store: CheckpointStore) -> tuple[int, int]:
-    """Load what this run continues from; returns (steps done, tokens seen).
+@dataclass(frozen=True)
+class Restored:
+    """Where a run stands."""
 
-    Raises CheckpointError if it does not fit the recipe.
+    step: int
+    tokens_seen: int
+    problems: list[str]
+    """What was wrong with checkpoints newer than the one taken."""
+
+
+def restore(config: RunConfig, engine: MegatronEngine, store: CheckpointStore) -> Restored:
+    """Load what this run continues from.
+
+    Raises CheckpointError, on every rank, if it does not fit the recipe.
     """
     going_back = _going_back(config, store)
-    folder = store.find(config.checkpoint.load_step if going_back else None)
+    found = store.find(config.checkpoint.load_step if going_back else None)
+    folder = found.folder
     if folder is None:
         if config.training.init_from is not None:
             _load_weights(config, engine, store)
-        return 0, 0
-    info = CheckpointInfo.read(folder)
-    check_fits(config, info, folder)
-    _check_order(config, info, folder)
+        return Restored(0, 0, found.problems)
+    info = on_main(lambda: _read_fitting(config, folder))
     engine.load_state(load_state(folder, engine.sharded_state(is_loading=True)))
     if going_back:
         store.set_newer_aside(info.step, _marker(config))
-    return info.step, info.tokens_seen
+    return Restored(info.step, info.tokens_seen, found.problems)
+
+
+def _read_fitting(config: RunConfig, folder: Path) -> CheckpointInfo:
+    info = CheckpointInfo.read(folder)
+    check_fits(config, info, folder)
+    _check_kept(config, info, folder)
+    _check_skipped(config, info, folder)
+    return info
 
 
 def check_fits(config: RunConfig, info: CheckpointInfo, folder: Path) -> None:
@@ -62,27 +86,52 @@ def check_fits(config: RunConfig, info: CheckpointInfo, folder: Path) -> None:
         )
 
 
-def _check_order(config: RunConfig, info: CheckpointInfo, folder: Path) -> None:
+def _check_kept(config: RunConfig, info: CheckpointInfo, folder: Path) -> None:
     wanted = to_dict(config)
-    for field in _ORDER_FIELDS:
-        new, old = _at(wanted, field), _at(info.config, field)
-        if new != old:
-            raise CheckpointError(
-                f"{field} is {new}, but {folder} was trained with {old}: samples would be skipped or "
-                f"repeated; keep it, or start a new run_dir with training.init_from={folder}"
-            )
+    for fields, what in (
+        (_ORDER_FIELDS, "samples would be skipped or repeated"),
+        (_OPTIMIZER_FIELDS, "its optimizer state does not fit"),
+    ):
+        for field in fields:
+            new, old = _at(wanted, field), _at(info.config, field)
+            if new != old:
+                raise CheckpointError(
+                    f"{field} is {new}, but {folder} was trained with {old}: {what}; "
+                    f"keep it, or start a new run_dir with training.init_from={folder}"
+                )
+
+
+def _check_skipped(config: RunConfig, info: CheckpointInfo, folder: Path) -> None:
+    """`data.skip_samples` may change, but not among samples that this checkpoint has trained on."""
+    old = parse_skipped([str(text) for text in info.config["data"]["skip_samples"]])
+    new = parse_skipped(config.data.skip_samples)
+    end = info.step * config.training.global_batch_size  # of what was trained, before skipping
+    for first, last in old:
+        if end > first:
+            end += last - first
+    if [r for r in old if r[0] < end] != [r for r in new if r[0] < end]:
+        raise CheckpointError(
+            f"data.skip_samples is {list(config.data.skip_samples)}, but {folder} was trained with "
+            f"{info.config['data']['skip_samples']} up to sample {end}: only samples after that can still be "
+            "left out; go back further with checkpoint.load_step, or keep the ranges before it"
+        )
 
 
 def _load_weights(config: RunConfig, engine: MegatronEngine, store: CheckpointStore) -> None:
-    folder = resolve_checkpoint(Path(str(config.training.init_from)))
-    info = CheckpointInfo.read(folder)
-    check_fits(config, info, folder)
+    folder, info = on_main(lambda: _read_source(config))
     damage = store.verify(folder)
     if damage is not None:
         raise CheckpointError(f"training.init_from {folder} is damaged: {damage}")
     state = load_state(folder, {"model": engine.module.sharded_state_dict(metadata=dict(SHARDING_METADATA))})
     engine.load_weights(state["model"])
     _log.info("weights from %s (step %d)", folder, info.step)
+
+
+def _read_source(config: RunConfig) -> tuple[Path, CheckpointInfo]:
+    folder = resolve_checkpoint(Path(str(config.training.init_from)))
+    info = CheckpointInfo.read(folder)
+    check_fits(config, info, folder)
+    return folder, info
 
 
 def _going_back(config: RunConfig, store: CheckpointStore) -> bool:

@@ -134,12 +134,15 @@ def _pretrain(parsed: argparse.Namespace) -> int:
     )
     if env.launcher == "none" and processes > 1:
         return _relaunch(processes, Path(config.run_dir) / "logs")
+    from chiar_megatron.training.signals import StopSignals
+
+    signals = StopSignals()  # before the imports, which take seconds
     from chiar_megatron.runtime.distributed import initialize, shutdown
     from chiar_megatron.training.loop import pretrain
 
     world = initialize(parallel, config.runtime, env)
     try:
-        return pretrain(config, world)
+        return pretrain(config, world, signals)
     finally:
         shutdown()
 

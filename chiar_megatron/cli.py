@@ -60,8 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     preprocess.add_argument("--output", required=True, metavar="PREFIX")
     preprocess.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1), metavar="N")
     preprocess.add_argument("--json-key", default="text", metavar="KEY", help="text field of .jsonl lines")
+    preprocess.add_argument(
+        "--document-separator",
+        default="<|endoftext|>",
+        metavar="LINE",
+        help="line between the documents of a .txt (%(default)s); '' for an empty line",
+    )
+    preprocess.add_argument("--dtype", choices=("auto", "uint16", "int32"), default="auto", help="of token ids")
+    preprocess.add_argument("--no-append-eod", action="store_true", help="no token at a document's end")
     preprocess.set_defaults(run=_preprocess)
-    _add_model_verbs(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
     return parser
@@ -106,10 +113,6 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
-
-
-def _add_model_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    pass
 
 
 def _pretrain(parsed: argparse.Namespace) -> int:
@@ -235,7 +238,14 @@ def _preprocess(parsed: argparse.Namespace) -> int:
     from chiar_megatron.data.preprocess import preprocess
 
     summary = preprocess(
-        parsed.input, parsed.tokenizer, parsed.output, workers=parsed.workers, json_key=parsed.json_key
+        parsed.input,
+        parsed.tokenizer,
+        parsed.output,
+        workers=parsed.workers,
+        json_key=parsed.json_key,
+        append_eod=not parsed.no_append_eod,
+        document_separator=parsed.document_separator,
+        dtype=parsed.dtype,
     )
     print(f"{parsed.output}.bin: {summary.documents:,} documents, {summary.tokens:,} tokens")
     return EXIT_DONE

@@ -56,6 +56,11 @@ def adapt_megatron_to_cpu() -> None:
     _adapted = True
 
 
+def is_adapted_to_cpu() -> bool:
+    """Whether this process's megatron-core means the CPU where it says CUDA."""
+    return _adapted
+
+
 def name_parameters_as_cuda(parameters: Iterator[torch.nn.Parameter]) -> None:
     """Let `type()` of CPU parameters answer with CUDA's name: megatron-core's optimizers compare it."""
     for parameter in parameters:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from chiar_megatron.config.schema import ParallelConfig, RuntimeConfig
 from chiar_megatron.errors import ConfigError
-from chiar_megatron.runtime.cpu import adapt_megatron_to_cpu
+from chiar_megatron.runtime.cpu import adapt_megatron_to_cpu, is_adapted_to_cpu
 from chiar_megatron.runtime.device import select_device, set_threads
 from chiar_megatron.runtime.env import ProcessEnv
 from chiar_megatron.runtime.rendezvous import rendezvous
@@ -65,6 +65,8 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, env: ProcessEnv
             f"{env.world_size} processes do not divide by the {model_parallel} of "
             "tensor × pipeline × context parallel size; start a multiple of it"
         )
+    if device.type == "cuda" and is_adapted_to_cpu():
+        raise ConfigError("this process has already computed on the CPU; use another process for CUDA")
     if device.type == "cpu":
         adapt_megatron_to_cpu()
     if not dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -18,6 +19,8 @@ from chiar_megatron.checkpoint.files import write_durably
 from chiar_megatron.config.load import dump_config
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.errors import ChiarError
+
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -43,7 +46,7 @@ class RunFolder:
         try:
             write_durably(self.path / "exit.json", json.dumps(record))
         except OSError as error:
-            print(f"exit reason not recorded: {error}", file=sys.stderr)
+            _log.warning("exit reason not recorded: %s", error)
 
 
 def _environment(world_size: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """AdamW by megatron-core and the learning-rate schedule, with torch's AdamW mended for checkpoints.
 
 Without apex or TransformerEngine megatron-core takes torch's AdamW, whose per-parameter `step` tensor it
-does not create ahead of a load, and shares among all parameters after one: training would then diverge
-silently (each update would advance the one counter). `give_each_parameter_its_step` mends both.
+does not create ahead of a load, misses in the load of a distributed optimizer, and shares among all
+parameters after one: training would then diverge silently (each update would advance the one counter).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -39,6 +40,8 @@ def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> Chaine
         if isinstance(inner.optimizer, torch.optim.AdamW):
             inner.init_state_fn = _init_state
             _init_state(inner.optimizer)
+        if isinstance(inner, DistributedOptimizer) and isinstance(inner.optimizer, torch.optim.AdamW):
+            _leave_step_alone(inner)
     return optimizer
 
 
@@ -56,6 +59,18 @@ def _init_state(adam: torch.optim.AdamW, config: Any = None) -> None:
                     "exp_avg": torch.zeros_like(parameter.data),
                     "exp_avg_sq": torch.zeros_like(parameter.data),
                 }
+
+
+def _leave_step_alone(inner: DistributedOptimizer) -> None:
+    """megatron-core looks for each parameter's `step` among loaded tensors, but keeps it with the groups."""
+    set_states = inner._set_main_param_and_optimizer_states
+
+    def set_states_but_step(model_parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = inner.model_param_group_index_map[model_parameter]
+        parameter = inner.optimizer.param_groups[group]["params"][place]
+        set_states(model_parameter, {**tensors, "step": inner.optimizer.state[parameter]["step"]})
+
+    inner._set_main_param_and_optimizer_states = set_states_but_step
 
 
 def give_each_parameter_its_step(optimizer: ChainedOptimizer) -> None:

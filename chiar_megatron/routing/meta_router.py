@@ -40,14 +40,13 @@ class MetaRouter(torch.nn.Module):
         # Share of the average that steps have filled; dividing by it corrects the start from zero.
         self.register_buffer("running_weight", torch.zeros((), device=device))
         self.pending_sum_H = torch.zeros(hidden_size, dtype=torch.float64, device=device)
+        self.pending_gate = torch.zeros((), dtype=torch.float64, device=device)
         self.pending_tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.last_gate = torch.zeros((), device=device)
 
     def forward(self, x_SBH: Tensor, context: ForwardContext) -> Tensor:
         """g, float32: `[1, 1, 1]`, or `[s, b, 1]` for `causal`."""
         x_SBH = x_SBH.float()
-        if self.training and self.config.pooling == "running":
-            self._accumulate(x_SBH)
         if self.config.pooling == "running":
             pooled = (self.running_mean_H / self.running_weight.clamp_min(1e-12))[None, None]
         elif self.config.pooling == "batch":
@@ -56,17 +55,24 @@ class MetaRouter(torch.nn.Module):
             pooled = self._prefix_mean(x_SBH, context)
         gate = torch.sigmoid(self.gate_proj(pooled))
         self.last_gate = gate.detach().mean()
+        if self.training:
+            self._accumulate(x_SBH)
         return gate
 
     @torch.no_grad()
     def _accumulate(self, x_SBH: Tensor) -> None:
-        self.pending_sum_H += x_SBH.sum(dim=(0, 1), dtype=torch.float64)
-        self.pending_tokens += x_SBH.shape[0] * x_SBH.shape[1]
+        tokens = x_SBH.shape[0] * x_SBH.shape[1]
+        if self.config.pooling == "running":
+            self.pending_sum_H += x_SBH.sum(dim=(0, 1), dtype=torch.float64)
+        self.pending_gate += self.last_gate.double() * tokens
+        self.pending_tokens += tokens
 
-    def take_pending(self) -> tuple[Tensor, Tensor]:
-        """Sum `[h]` and number of this rank's tokens since the last call, float64; starts anew."""
-        pending = self.pending_sum_H.clone(), self.pending_tokens.clone()
+    def take_pending(self) -> Tensor:
+        """Sums over this rank's tokens since the last call, float64 `[h + 2]`: of the embeddings (0 unless
+        `running`), of g, and the number of tokens. Starts anew."""
+        pending = torch.cat((self.pending_sum_H, self.pending_gate[None], self.pending_tokens[None]))
         self.pending_sum_H.zero_()
+        self.pending_gate.zero_()
         self.pending_tokens.zero_()
         return pending
 
@@ -93,10 +99,11 @@ class MetaRouter(torch.nn.Module):
             rank, size = dist.get_rank(self.sequence_group), dist.get_world_size(self.sequence_group)
             parts = dist_functional.all_gather(x_SBH.contiguous(), group=self.sequence_group)
             x_SBH = torch.cat(parts, dim=0)
-        sum_SBH = x_SBH.cumsum(dim=0)
-        count_SB1 = torch.arange(1, x_SBH.shape[0] + 1, device=x_SBH.device)[:, None, None]
-        if context.document_ids_BS is not None:
-            sum_SBH, count_SB1 = _restart_at_documents(sum_SBH, x_SBH, _new_documents(x_SBH, context))
+        if context.document_ids_BS is None:
+            sum_SBH = x_SBH.cumsum(dim=0)
+            count_SB1 = torch.arange(1, x_SBH.shape[0] + 1, device=x_SBH.device)[:, None, None]
+        else:
+            sum_SBH, count_SB1 = _document_prefix(x_SBH, _new_documents(x_SBH, context))
         if context.generation is not None:
             sum_SBH, count_SB1 = _continue_prefix(sum_SBH, count_SB1, context, context.generation)
         mean_SBH = sum_SBH / count_SB1
@@ -126,12 +133,19 @@ def _continue_prefix(
     return sum_SBH, count_SB1
 
 
-def _restart_at_documents(sum_SBH: Tensor, x_SBH: Tensor, ids_SB: Tensor) -> tuple[Tensor, Tensor]:
-    """Prefix sums and counts within each document, from prefix sums over all these tokens."""
+def _document_prefix(x_SBH: Tensor, ids_SB: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and counts over the prefix of each token within its document.
+
+    By doubling (Hillis and Steele, 1986): no sum ever crosses documents. A difference of two sums over
+    the whole sequence would let the tokens of one document into the rounding of the next.
+    """
     starts_SB = torch.ones_like(ids_SB, dtype=torch.bool)
     starts_SB[1:] = ids_SB[1:] != ids_SB[:-1]
     position_S1 = torch.arange(ids_SB.shape[0], device=ids_SB.device)[:, None]
-    first_SB = torch.where(starts_SB, position_S1, 0).cummax(dim=0).values
-    before_SBH = sum_SBH - x_SBH
-    index_SBH = first_SB[..., None].expand_as(sum_SBH)
-    return sum_SBH - before_SBH.gather(0, index_SBH), (position_S1 - first_SB + 1)[..., None]
+    count_SB1 = (position_S1 - torch.where(starts_SB, position_S1, 0).cummax(dim=0).values + 1)[..., None]
+    sum_SBH, step = x_SBH, 1
+    while step < x_SBH.shape[0]:
+        earlier_SBH = torch.where(count_SB1[step:] > step, sum_SBH[:-step], 0.0)
+        sum_SBH = torch.cat((sum_SBH[:step], sum_SBH[step:] + earlier_SBH))
+        step *= 2
+    return sum_SBH, count_SB1

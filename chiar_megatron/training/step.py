@@ -20,7 +20,7 @@ from chiar_megatron.routing.statistics import FIELDS
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 
-LOSS, Z_LOSS, TOKENS, GATE, STOP, SAVE = range(6)  # places of the scalars that every rank may add to
+LOSS, Z_LOSS, TOKENS, STOP, SAVE = range(5)  # places of the scalars that every rank may add to
 
 
 @dataclass(frozen=True)
@@ -97,30 +97,30 @@ def reduce_step(model: ChiarModel, reports: list[Tensor], world: World, requests
     scalars[STOP], scalars[SAVE] = float(requests.stop), float(requests.save)
     owns_part = model.config.sequence_parallel or speaks_for_copies
     sums_LF = torch.zeros(layers, len(FIELDS), dtype=torch.float64, device=world.device)
-    meta_H = torch.zeros(hidden + 1, dtype=torch.float64, device=world.device)
+    meta = torch.zeros(hidden + 2, dtype=torch.float64, device=world.device)
     for layer in model.chiar_layers:
         if layer.statistics is not None:
             taken_F = layer.statistics.take()
             if owns_part:
                 sums_LF[layer.layer_number - 1] = taken_F
         if layer.meta_router is not None:
-            sum_H, count = layer.meta_router.take_pending()
+            taken = layer.meta_router.take_pending()
             if owns_part:
-                meta_H = torch.cat((sum_H, count[None]))
-            if speaks_for_copies and world.data_parallel_rank == 0:
-                scalars[GATE] = layer.meta_router.last_gate.double()
-    packed = torch.cat((scalars, sums_LF.flatten(), meta_H))
+                meta = taken
+    packed = torch.cat((scalars, sums_LF.flatten(), meta))
     dist.all_reduce(packed)
-    scalars, sums, meta_H = packed.cpu().split((SAVE + 1, layers * len(FIELDS), hidden + 1))
+    scalars, sums, meta = packed.cpu().split((SAVE + 1, layers * len(FIELDS), hidden + 2))
+    *_, gate_sum, meta_tokens = meta.tolist()
+    is_running = model.model.meta_router.pooling == "running"
     tokens = max(int(scalars[TOKENS]), 1)
     return StepSums(
         loss=float(scalars[LOSS]) / tokens,
         z_loss=float(scalars[Z_LOSS]) / tokens,
         tokens=int(scalars[TOKENS]),
-        gate=float(scalars[GATE]) if model.model.meta_router.enabled else None,
+        gate=gate_sum / meta_tokens if meta_tokens > 0 else None,
         requests=Requests(stop=float(scalars[STOP]) > 0.0, save=float(scalars[SAVE]) > 0.0),
         routing=RoutingSummary.from_sums(sums.view(layers, len(FIELDS))),
-        embedding_mean_H=meta_H[:-1] / meta_H[-1] if meta_H[-1] > 0 else None,
+        embedding_mean_H=meta[:-2] / meta_tokens if is_running and meta_tokens > 0 else None,
     )
 
 

@@ -22,7 +22,8 @@ for _message in (
     "The .grad attribute of a Tensor that is not a leaf.*",
 ):
     warnings.filterwarnings("ignore", message=_message, category=UserWarning)
-warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
+for _message in (".*torch.distributed.*is deprecated.*", "`load_state_dict` is deprecated.*"):
+    warnings.filterwarnings("ignore", message=_message, category=FutureWarning)
 
 
 def __getattr__(name: str) -> Any:

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     preprocess.set_defaults(run=_preprocess)
     _add_evaluate(verbs)
     _add_generate(verbs)
+    _add_convert(verbs)
     return parser
 
 
@@ -106,6 +107,23 @@ def _add_generate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     generate.add_argument("--tokenizer", metavar="PATH", help="default: the one the checkpoint names")
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.set_defaults(run=_generate)
+
+
+def _add_convert(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = verbs.add_parser("convert", help="turn a checkpoint into another format, verified, on the CPU")
+    convert.add_argument("--from", dest="source_format", required=True, metavar="F", help="reference")
+    convert.add_argument("--to", dest="target_format", required=True, metavar="G", help="native")
+    convert.add_argument("source", metavar="SRC", help="reference: one of the authors' .pt files")
+    convert.add_argument("destination", metavar="DST", help="folder to make; `load_model(DST)` reads it")
+    convert.add_argument("--num-heads", type=_count, metavar="N", help="default: from rope.inv_freq")
+    convert.add_argument("--tau-low", type=float, metavar="X", help="33rd percentile of entropies (0.8935)")
+    convert.add_argument("--tau-high", type=float, metavar="Y", help="67th percentile of entropies (0.8973)")
+    convert.add_argument(
+        "--routing-mode", choices=("threshold", "soft", "hard"), help="default: what the file tells"
+    )
+    convert.add_argument("--tokenizer", metavar="PATH", help="that the model was trained with")
+    convert.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
+    convert.set_defaults(run=_convert)
 
 
 def _count(text: str) -> int:
@@ -212,6 +230,24 @@ def _generate(parsed: argparse.Namespace) -> int:
         if len(texts) > 1:
             print(f"--- sample {number} of {len(texts)}")
         print(text)
+    return EXIT_DONE
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.conversion.convert import ConvertOptions, convert, summary
+    from chiar_megatron.conversion.reference import ReferenceOptions
+    from chiar_megatron.runtime.distributed import shutdown
+    from chiar_megatron.runtime.env import check_versions
+
+    check_versions()
+    reference = ReferenceOptions(parsed.num_heads, parsed.tau_low, parsed.tau_high, parsed.routing_mode)
+    options = ConvertOptions(reference, parsed.tokenizer, verify=not parsed.no_verify)
+    source, destination = Path(parsed.source), Path(parsed.destination)
+    try:
+        report = convert(parsed.source_format, parsed.target_format, source, destination, options)
+    finally:
+        shutdown()
+    print("\n".join([*summary(report), f"written to {destination}"]))
     return EXIT_DONE
 
 

@@ -11,6 +11,7 @@ from chiar_megatron.checkpoint.agree import on_main
 from chiar_megatron.checkpoint.files import CheckpointInfo, resolve_checkpoint
 from chiar_megatron.checkpoint.store import CheckpointStore, load_state
 from chiar_megatron.config.load import to_dict
+from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.dataset import parse_skipped
 from chiar_megatron.errors import CheckpointError
@@ -76,7 +77,7 @@ def check_fits(config: RunConfig, info: CheckpointInfo, folder: Path) -> None:
     differing = [
         f"model.{field} is {_at(wanted, field)}, the checkpoint's {_at(found, field)}"
         for field in _SHAPE_FIELDS
-        if _at(wanted, field) != _at(found, field)
+        if _meant(field, _at(wanted, field)) != _meant(field, _at(found, field))
     ]
     if differing:
         raise CheckpointError(
@@ -144,6 +145,11 @@ def _going_back(config: RunConfig, store: CheckpointStore) -> bool:
 def _marker(config: RunConfig) -> str:
     skipped = hashlib.blake2b(repr(config.data.skip_samples).encode(), digest_size=4).hexdigest()
     return f"went_back_to_{config.checkpoint.load_step}_skipping_{skipped}"
+
+
+def _meant(field: str, value: object) -> object:
+    """"D R*2 A" and "D R R A" are one schedule."""
+    return parse_schedule(value) if field == "schedule" and isinstance(value, str) else value
 
 
 def _at(tree: object, path: str) -> object:

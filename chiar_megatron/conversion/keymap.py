@@ -1,0 +1,132 @@
+"""Which tensor of one format is which of ours, and how its numbers are laid out: names and shapes only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from chiar_megatron.config.fields import nearest_name
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor: its name and shape in the foreign format, its native name, and the way there."""
+
+    source: str
+    native: str
+    shape: tuple[int, ...]
+    convert: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model in the authors' format; all attention layers alike, all feed-forward layers alike."""
+
+    vocab: int
+    hidden: int
+    ffn: int
+    heads: int
+    head_size: int
+
+
+def reference_rules(
+    kind: str, schedule: Sequence[str], sizes: Sizes, *, has_router: bool, has_head: bool
+) -> list[Rule]:
+    """Rules of an authors' file. kind: "chiar" or "baseline"; schedule: a letter a layer.
+
+    has_router: routed layers hold a soft or hard router's gate. has_head: the output head is not tied.
+    """
+    vocab, hidden = sizes.vocab, sizes.hidden
+    rules = [Rule("token_emb.weight", "embedding.word_embeddings.weight", (vocab, hidden), _same)]
+    if kind == "chiar":
+        native = "decoder.layers.0.meta_router.gate_proj"
+        rules += _linear("meta_router.gate_proj", native, 1, hidden)
+    for index, letter in enumerate(schedule):
+        rules += _layer(kind, index, letter, sizes)
+        if has_router and letter == "R":
+            native = f"decoder.layers.{index}.router.gate_proj"
+            rules += _linear(f"layers.{index}.router.gate_proj", native, 2, hidden + 1)
+    rules += _norm("norm", "decoder.final_layernorm", hidden)
+    if has_head:
+        rules.append(Rule("lm_head.weight", "output_layer.weight", (vocab, hidden), _same))
+    return rules
+
+
+def _layer(kind: str, index: int, letter: str, sizes: Sizes) -> list[Rule]:
+    hidden, width = sizes.hidden, sizes.heads * sizes.head_size
+    native = f"decoder.layers.{index}"
+    if kind == "baseline":
+        attention, ffn, ffn_norm = f"attns.{index}", f"ffns.{index}", f"ffn_norms.{index}"
+    else:
+        layer = f"layers.{index}"
+        attention, ffn, ffn_norm = f"{layer}.attn", f"{layer}.ffn", f"{layer}.ffn_norm"
+    rules = []
+    if letter in "DR":
+        mixing = f"layers.{index}.dct_mix"
+        # Their transform is not orthonormal: their mixing is twice ours.
+        rules.append(Rule(f"{mixing}.w", f"{native}.spectral.weight", (hidden,), _double))
+        rules += _norm(f"{mixing}.norm", f"{native}.spectral_norm", hidden)
+    if letter in "AR":
+        regroup = partial(group_heads, heads=sizes.heads)
+        qkv = f"{native}.self_attention.linear_qkv"
+        rules += _linear(f"{attention}.qkv", qkv, 3 * width, hidden, regroup)
+        rules += _linear(f"{attention}.out_proj", f"{native}.self_attention.linear_proj", hidden, width)
+        rules += _norm(f"{attention}.norm", f"{native}.input_layernorm", hidden)
+    rules += _linear(f"{ffn}.0", f"{native}.mlp.linear_fc1", sizes.ffn, hidden)
+    rules += _linear(f"{ffn}.3", f"{native}.mlp.linear_fc2", hidden, sizes.ffn)
+    return rules + _norm(ffn_norm, f"{native}.pre_mlp_layernorm", hidden)
+
+
+def group_heads(stacked: Tensor, heads: int) -> Tensor:
+    """`[q; k; v]` along the output, `[3·n·d, ...]`, to megatron-core's order: q, k, v of head 1, then of 2"""
+    by_part = stacked.unflatten(0, (3, heads, -1))
+    by_head: Tensor = by_part.transpose(0, 1).flatten(0, 2)
+    return by_head
+
+
+def mismatches(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, surplus or of another shape, a line each with the nearest name; [] if all fits."""
+    wanted = {rule.source: rule.shape for rule in rules}
+    missing = [name for name in wanted if name not in shapes]
+    surplus = [name for name in shapes if name not in wanted]
+    lines = [f"missing {name} {list(wanted[name])}{_nearest(name, surplus, shapes)}" for name in missing]
+    lines += [
+        f"surplus {name} {list(shapes[name])}{_nearest(name, missing or list(wanted), wanted)}"
+        for name in surplus
+    ]
+    lines += [
+        f"{name} has shape {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    return lines
+
+
+def _nearest(name: str, candidates: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    nearest = nearest_name(name, candidates)
+    return f"{nearest} {list(shapes[nearest.split(': ')[1]])}" if nearest else ""
+
+
+def _linear(
+    source: str, native: str, rows: int, columns: int, convert: Callable[[Tensor], Tensor] | None = None
+) -> list[Rule]:
+    convert = convert or _same
+    return [
+        Rule(f"{source}.weight", f"{native}.weight", (rows, columns), convert),
+        Rule(f"{source}.bias", f"{native}.bias", (rows,), convert),
+    ]
+
+
+def _norm(source: str, native: str, size: int) -> list[Rule]:
+    return [Rule(f"{source}.{part}", f"{native}.{part}", (size,), _same) for part in ("weight", "bias")]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return 2 * tensor

@@ -1,0 +1,318 @@
+"""The authors' published `.pt` files (DESIGN, section 1): CHIAR with a threshold, soft or hard router,
+mixed training's files, and the full-attention baseline. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
+
+from chiar_megatron.config.fields import nearest_name
+from chiar_megatron.config.problems import MAX_LINES, shown
+from chiar_megatron.conversion.keymap import Rule, Sizes, mismatches, reference_rules
+from chiar_megatron.errors import CheckpointError, ConfigError
+
+Kind = Literal["chiar", "baseline"]
+RoutingMode = Literal["threshold", "soft", "hard"]
+ROUTING_MODES = ("threshold", "soft", "hard")
+TAU_LOW, TAU_HIGH = 0.8935, 0.8973  # the paper's 33rd and 67th percentile
+HEAD_SIZE = 64  # where a file has no rope.inv_freq
+ROTARY_BASE = 10000.0
+ENTROPY_EPSILON = 1e-8  # inside their logarithm
+
+_LAYER = re.compile(r"(layers|attns|ffns|ffn_norms)\.(\d+)\.")
+_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """What a user may overrule or must add; None: what the file tells, or the default."""
+
+    num_heads: int | None = None
+    tau_low: float | None = None
+    tau_high: float | None = None
+    routing_mode: RoutingMode | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
+    """One file, checked: every tensor is there, of the right shape, finite and float32."""
+
+    kind: Kind
+    schedule: tuple[str, ...]
+    routing_mode: RoutingMode
+    """Of its routed layers; "threshold" where there are none."""
+    sizes: Sizes
+    tau: float
+    """Midpoint of the thresholds, to be compared with the authors' entropy."""
+    tied: bool
+    tensors: dict[str, Tensor]
+    rules: tuple[Rule, ...]
+    step: int
+    val_ppl: float | None
+    notes: tuple[str, ...]
+    """What was dropped, assumed or overruled, in sentences for the user."""
+
+    @property
+    def threshold(self) -> float:
+        """τ for our entropy: theirs, `-Σ p ln(p + 1e-8)/ln h`, lies lower by nearly `h·1e-8/ln h`."""
+        return self.tau + entropy_offset(self.sizes.hidden)
+
+    def native_tensors(self) -> dict[str, Tensor]:
+        """The model's parameters under native names and in native layout, float32."""
+        return {rule.native: rule.convert(self.tensors[rule.source]) for rule in self.rules}
+
+
+def entropy_offset(hidden: int) -> float:
+    """By how much the authors' entropy lies below ours (with `dc_power_weight` 2), to first order."""
+    return hidden * ENTROPY_EPSILON / math.log(hidden) if hidden > 1 else 0.0
+
+
+def read_reference(path: Path, options: ReferenceOptions) -> ReferenceCheckpoint:
+    """Read and check one of the authors' files.
+
+    Raises CheckpointError if it is none, would execute code, is torn, or its tensors do not fit together
+    (each named with its nearest match); ConfigError if an option contradicts the file.
+    """
+    content = load_plain(path)
+    state, extras = _state_of(content, path)
+    notes = _drop_extras(extras)
+    head = state.get("lm_head.weight")
+    tied = head is not None and torch.equal(head, state["token_emb.weight"])
+    if tied:
+        del state["lm_head.weight"]
+    kind: Kind = "baseline" if any(name.startswith("attns.") for name in state) else "chiar"
+    schedule = _schedule(kind, state, path)
+    sizes = _sizes(kind, state, extras, options, notes)
+    mode = _routing_mode(content.get("cfg"), state, schedule, options, path)
+    rules = reference_rules(kind, schedule, sizes, has_router=mode != "threshold", has_head=not tied)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _refuse(mismatches(rules, shapes), path, "its tensors do not fit its layers")
+    tensors = _float32(state, path, notes)
+    return ReferenceCheckpoint(
+        kind=kind,
+        schedule=schedule,
+        routing_mode=mode,
+        sizes=sizes,
+        tau=_tau(options, "R" in schedule and mode == "threshold", notes),
+        tied=tied,
+        tensors=tensors,
+        rules=tuple(rules),
+        step=_number(content.get("step"), int) or 0,
+        val_ppl=_number(content.get("val_ppl"), float),
+        notes=tuple(notes),
+    )
+
+
+def load_plain(path: Path) -> Mapping[str, Any]:
+    """A `torch.save`d dict of tensors and plain values; CheckpointError for anything else."""
+    if not path.is_file():
+        what = "is a folder, not one of the authors' .pt files" if path.is_dir() else "does not exist"
+        folder = path.parent
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        raise CheckpointError(f"{path} {what}{nearest_name(path.name, names) if not path.exists() else ''}")
+    try:
+        with _only_torchs_own_globals():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = _REFUSED_GLOBAL.search(str(error))
+        if wanted is None:
+            raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: copy it again") from None
+        raise CheckpointError(
+            f"{path} is refused: reading it would call {wanted[1]}, and only tensors and plain values are "
+            "read; save it again without that object"
+        ) from None
+    except Exception as error:  # torch.load raises nearly anything for a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: {reason}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the authors' dict with 'model'")
+    return content
+
+
+@contextmanager
+def _only_torchs_own_globals() -> Iterator[None]:
+    """megatron-core has torch accept more classes, for its own files."""
+    added = get_safe_globals()
+    clear_safe_globals()
+    try:
+        yield
+    finally:
+        add_safe_globals(added)
+
+
+def _state_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's tensors, and those that are not the language model's (rotary buffers, classifiers)."""
+    model = content.get("model")
+    if not isinstance(model, dict):
+        found = ", ".join(map(str, list(content)[:6]))
+        raise CheckpointError(
+            f"{path} is none of the authors' checkpoints: it has no 'model' with tensors (it has {found})"
+        )
+    for name, value in model.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise CheckpointError(f"{path}: model entry {shown(name)} is no plain tensor")
+    extras = {name for name in model if _is_extra(name)}
+    state = {name: value for name, value in model.items() if name not in extras}
+    embedding = state.get("token_emb.weight")
+    if embedding is None or embedding.ndim != 2 or embedding.numel() == 0:
+        nearest = nearest_name("token_emb.weight", list(state))
+        raise CheckpointError(
+            f"{path} is none of the authors' checkpoints: no token_emb.weight of shape [vocab, h]{nearest}"
+        )
+    return state, {name: model[name] for name in extras}
+
+
+def _is_extra(name: str) -> bool:
+    return name.startswith("_cls_head_") or "rope" in name.split(".")
+
+
+def _drop_extras(extras: Mapping[str, Tensor]) -> list[str]:
+    heads = sorted(name for name in extras if name.startswith("_cls_head_"))
+    return [f"dropped mixed training's classifiers: {', '.join(heads)}"] if heads else []
+
+
+def _schedule(kind: Kind, state: Mapping[str, Tensor], path: Path) -> tuple[str, ...]:
+    """A letter a layer, read off the names."""
+    folders = {"layers"} if kind == "chiar" else {"attns", "ffns", "ffn_norms"}
+    matches = [_LAYER.match(name) for name in state]
+    present = {int(match[2]) for match in matches if match and match[1] in folders}
+    absent = next(index for index in range(len(present) + 1) if index not in present)
+    if not present or absent < len(present):
+        raise CheckpointError(f"{path}: layer {absent} is missing: no {min(folders)}.{absent}.… in it")
+    if kind == "baseline":
+        return ("A",) * len(present)
+    letters = []
+    for index in range(len(present)):
+        mixes = any(name.startswith(f"layers.{index}.dct_mix.") for name in state)
+        attends = any(name.startswith(f"layers.{index}.attn.") for name in state)
+        if not mixes and not attends:
+            raise CheckpointError(f"{path}: layers.{index} has tensors of neither dct_mix nor attn")
+        letters.append("R" if mixes and attends else "D" if mixes else "A")
+    return tuple(letters)
+
+
+def _sizes(
+    kind: Kind,
+    state: Mapping[str, Tensor],
+    extras: Mapping[str, Tensor],
+    options: ReferenceOptions,
+    notes: list[str],
+) -> Sizes:
+    vocab, hidden = state["token_emb.weight"].shape
+    ffn_name = r"ffns\.\d+\.0\.weight" if kind == "baseline" else r"layers\.\d+\.ffn\.0\.weight"
+    ffn = _rows(state, ffn_name) or 4 * hidden
+    width = (_rows(state, r"(attns\.\d+|layers\.\d+\.attn)\.qkv\.weight") or 0) // 3 or hidden
+    if options.num_heads is not None:
+        if options.num_heads < 1 or width % options.num_heads:
+            raise ConfigError(f"--num-heads {options.num_heads} does not divide the attention width {width}")
+        heads = options.num_heads
+    else:
+        head_size = _head_size(extras, notes)
+        if width % head_size:
+            raise ConfigError(
+                f"heads of {head_size} do not divide the attention width {width}; give --num-heads"
+            )
+        heads = width // head_size
+    return Sizes(vocab, hidden, ffn, heads, width // heads)
+
+
+def _rows(state: Mapping[str, Tensor], pattern: str) -> int | None:
+    """Rows of the first tensor of this name."""
+    return next((t.shape[0] for name, t in state.items() if re.fullmatch(pattern, name) and t.ndim), None)
+
+
+def _head_size(extras: Mapping[str, Tensor], notes: list[str]) -> int:
+    frequencies = [tensor for name, tensor in extras.items() if name.endswith("rope.inv_freq")]
+    lengths = {tensor.numel() for tensor in frequencies}
+    if not lengths:
+        notes.append(f"no rope.inv_freq in the file: heads of {HEAD_SIZE} assumed (--num-heads overrules)")
+        return HEAD_SIZE
+    if len(lengths) > 1 or 0 in lengths:
+        raise ConfigError(f"rope.inv_freq has lengths {sorted(lengths)}, so no head size; give --num-heads")
+    head_size = 2 * lengths.pop()
+    expected = ROTARY_BASE ** -(torch.arange(0, head_size, 2) / head_size)
+    if not all(torch.allclose(tensor.float(), expected, rtol=1e-2) for tensor in frequencies):
+        notes.append(f"rope.inv_freq is not that of base {ROTARY_BASE:.0f}, which is used all the same")
+    return head_size
+
+
+def _routing_mode(
+    cfg: object,
+    state: Mapping[str, Tensor],
+    schedule: tuple[str, ...],
+    options: ReferenceOptions,
+    path: Path,
+) -> RoutingMode:
+    """Of the option, else of the file's cfg, else of the names: only a threshold has no router tensors."""
+    if "R" not in schedule:
+        if options.routing_mode in ("soft", "hard"):
+            raise ConfigError(f"--routing-mode {options.routing_mode}: {path} has no routed layers")
+        return "threshold"
+    mode, source = options.routing_mode, "--routing-mode"
+    if mode is None and isinstance(cfg, dict):
+        mode, source = cfg.get("routing_mode"), f"{path}: cfg.routing_mode"
+    has_gates = any(".router." in name for name in state)
+    if mode is None:
+        if has_gates:
+            raise ConfigError(
+                f"{path} has routers but does not say of which kind; give --routing-mode soft or hard"
+            )
+        return "threshold"
+    if mode not in ROUTING_MODES:
+        raise CheckpointError(f"{source} {shown(mode)} is unknown; give --routing-mode threshold|soft|hard")
+    if has_gates != (mode != "threshold"):
+        found = "has router tensors, which a threshold has not" if has_gates else "has no router tensors"
+        raise ConfigError(f"{source} {mode} does not fit: {path} {found}")
+    return mode
+
+
+def _tau(options: ReferenceOptions, is_used: bool, notes: list[str]) -> float:
+    low = TAU_LOW if options.tau_low is None else options.tau_low
+    high = TAU_HIGH if options.tau_high is None else options.tau_high
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ConfigError(f"--tau-low {low} and --tau-high {high} must be numbers, low not above high")
+    if is_used and (options.tau_low is None or options.tau_high is None):
+        notes.append(f"thresholds {low} and {high} assumed: the file does not tell (--tau-low, --tau-high)")
+    return (low + high) / 2
+
+
+def _float32(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> dict[str, Tensor]:
+    """Half precision is widened exactly, double precision rounded; other types are no weights."""
+    wrong = [f"{name} has dtype {t.dtype}" for name, t in state.items() if not t.is_floating_point()]
+    _refuse(wrong, path, "weights must be floating-point")
+    tensors = {name: tensor.detach().float() for name, tensor in state.items()}
+    _refuse(
+        [f"{name} has values that are not finite" for name, t in tensors.items() if not t.isfinite().all()],
+        path,
+        "it holds no usable weights",
+    )
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()} - {"float32"}
+    if dtypes:
+        notes.append(f"weights stored as {', '.join(sorted(dtypes))} are written as float32")
+    return tensors
+
+
+def _number(value: object, kind: type) -> Any:
+    """A plain number of 0 or more; None for anything else."""
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return kind(value) if is_number and value >= 0 else None  # type: ignore[operator]
+
+
+def _refuse(problems: list[str], path: Path, what: str) -> None:
+    if not problems:
+        return
+    room = MAX_LINES - 1
+    if len(problems) > room:
+        problems = [*problems[: room - 1], f"and {len(problems) - room + 1} more"]
+    raise CheckpointError("\n".join([f"{path}: {what}:", *problems]))

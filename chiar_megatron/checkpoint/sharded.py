@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -40,7 +41,12 @@ class ShardedWrite:
         may go on. validate: check that every part of every tensor has exactly one writer.
         """
         state["content_metadata"] = {"non_homogeneous_layers": True}
-        sharded, self._common = save_preprocess(state, validate)
+        sharded, common = save_preprocess(state, validate)
+        # Serialised now: it holds the optimizer's own groups. (And writing to a path, torch would say only
+        # "unexpected pos" of a full disk.)
+        self._common = io.BytesIO()
+        if dist.get_rank() == 0:
+            torch.save(common, self._common)
         self._folder = folder
         self._planner = _Planner(_FORMAT, _VERSION, thread_count=1)
         self._planner.async_save(sharded, folder)
@@ -76,10 +82,7 @@ class ShardedWrite:
 
         results: what `write` returned, by rank. Raises OSError.
         """
-        # Serialised first: writing to a path, torch says only "unexpected pos" if the disk is full.
-        common = io.BytesIO()
-        torch.save(self._common, common)
-        (self._folder / COMMON_STATE_FNAME).write_bytes(common.getbuffer())
+        (self._folder / COMMON_STATE_FNAME).write_bytes(self._common.getbuffer())
         self._planner.writer.finish(self._planner.global_metadata, results)
         save_config(CheckpointingConfig(_FORMAT, _VERSION), str(self._folder))
         names = [path.name for path in self._folder.iterdir() if path.suffix != ".distcp"]

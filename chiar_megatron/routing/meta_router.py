@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from chiar_megatron.config.schema import MetaRouterConfig
@@ -97,8 +98,8 @@ class MetaRouter(torch.nn.Module):
         rank, size = 0, 1
         if self.sequence_group is not None:
             rank, size = dist.get_rank(self.sequence_group), dist.get_world_size(self.sequence_group)
-            parts = dist_functional.all_gather(x_SBH.contiguous(), group=self.sequence_group)
-            x_SBH = torch.cat(parts, dim=0)
+            # Its backward sums what every rank's part sends back (torch's own fails in gloo's subgroups).
+            x_SBH = gather_from_sequence_parallel_region(x_SBH, group=self.sequence_group)
         if context.document_ids_BS is None:
             sum_SBH = x_SBH.cumsum(dim=0)
             count_SB1 = torch.arange(1, x_SBH.shape[0] + 1, device=x_SBH.device)[:, None, None]

@@ -1,0 +1,17 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.parallel.run_server import RunServer
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunServer]:
+    """Starts runs of the command line within a second."""
+    running = RunServer(tmp_path_factory.mktemp("server"))
+    yield running
+    running.close()

@@ -27,6 +27,7 @@ def random_file(
     schedule: str,
     mode: str | None = None,
     head: Tensor | None = None,
+    vocab: int = 53,
 ) -> Path:
     """A CHIAR file of the authors' with random weights that matter."""
     generator = torch.Generator().manual_seed(hidden + len(schedule))
@@ -41,7 +42,7 @@ def random_file(
     def vector() -> Tensor:
         return torch.randn(hidden, generator=generator)
 
-    embedding = torch.randn(53, hidden, generator=generator) * torch.rand(53, 1, generator=generator)
+    embedding = torch.randn(vocab, hidden, generator=generator) * torch.rand(vocab, 1, generator=generator)
     state = {"token_emb.weight": embedding, **linear("meta_router.gate_proj", 1, hidden)}
     for index, letter in enumerate(schedule):
         layer = f"layers.{index}"

@@ -16,12 +16,14 @@ from chiar_megatron.conversion.keymap import group_heads
 from chiar_megatron.conversion.reference import ReferenceOptions, read_reference
 from chiar_megatron.conversion.reference_forward import reference_forward
 from chiar_megatron.conversion.verify import compare
+from chiar_megatron.errors import ConfigError
 from chiar_megatron.inference.load import InferenceModel, load_model
 from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.runtime.distributed import single_process_world
 from chiar_megatron.training.engine import MegatronEngine
 from chiar_megatron.training.restore import restore
 from tests.unit.reference_files import FIXTURES, converted, random_file
+from tests.unit.tiny_models import tiny_tokenizer
 
 CHIAR = ("chiar_tiny", "chiar_soft_tiny", "chiar_hard_tiny", "chiar_mixed_tiny")
 FILES = (*CHIAR, "baseline_tiny")
@@ -187,6 +189,20 @@ def test_head_size_is_64_without_rotary_buffers(tmp_path):
     content["model"] = {n: t for n, t in content["model"].items() if "rope" not in n}
     torch.save(content, source)
     assert converted(source, tmp_path / "native").config.model.num_attention_heads == 2
+
+
+def test_a_tokenizer_is_noted_and_what_a_killed_conversion_left_is_replaced(tmp_path):
+    source, tokenizer = random_file(tmp_path / "a.pt", 32, 2, "DRA", vocab=400), tiny_tokenizer(tmp_path)
+    leftover = tmp_path / ".native.converting"
+    leftover.mkdir()
+    (leftover / "half").write_text("")
+    config = converted(source, tmp_path / "native", str(tokenizer)).config
+    assert config.data.tokenizer == str(tokenizer) and config.data.eod_token == 1
+    assert config.model.vocab_size == 400 and not leftover.exists()
+    assert not (tmp_path / "native" / "half").exists()
+    small = random_file(tmp_path / "b.pt", 32, 2, "DRA", vocab=300)
+    with pytest.raises(ConfigError, match="300 is smaller than the tokenizer's 320"):
+        converted(small, tmp_path / "small", str(tokenizer))
 
 
 def test_training_starts_from_a_converted_checkpoint(models, tmp_path):

@@ -41,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--init-from", metavar="CHECKPOINT", help="start from these weights (only)")
     pretrain.set_defaults(run=_pretrain)
 
+    verify = verbs.add_parser("verify-resume", help="show that a resumed run equals an uninterrupted one")
+    verify.add_argument("recipe", help="YAML recipe")
+    verify.add_argument("overrides", nargs="*", metavar="key.sub=value", help="fields to overrule")
+    verify.add_argument("--steps", type=_count, default=6, metavar="N", help="steps of each run (default 6)")
+    verify.set_defaults(run=_verify_resume)
+
     tokenizer = verbs.add_parser("tokenizer", help="train a SentencePiece tokenizer")
     actions = tokenizer.add_subparsers(metavar="ACTION", required=True)
     train = actions.add_parser("train", help="train a SentencePiece model")
@@ -66,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LINE",
         help="line between the documents of a .txt (%(default)s); '' for an empty line",
     )
-    preprocess.add_argument("--dtype", choices=("auto", "uint16", "int32"), default="auto", help="of token ids")
+    preprocess.add_argument("--dtype", choices=("auto", "uint16", "int32"), default="auto", help="of ids")
     preprocess.add_argument("--no-append-eod", action="store_true", help="no token at a document's end")
     preprocess.set_defaults(run=_preprocess)
     _add_evaluate(verbs)
@@ -249,6 +255,23 @@ def _convert(parsed: argparse.Namespace) -> int:
         shutdown()
     print("\n".join([*summary(report), f"written to {destination}"]))
     return EXIT_DONE
+
+
+def _verify_resume(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.config.load import load_config
+    from chiar_megatron.config.validate import check_config, check_paths
+    from chiar_megatron.runtime.env import check_versions, read_process_env
+    from chiar_megatron.training.verify_resume import verify_resume
+
+    check_versions()
+    config = load_config(parsed.recipe, parsed.overrides)
+    check_config(config)
+    check_paths(config)
+    verdict = verify_resume(parsed.recipe, parsed.overrides, config, read_process_env(), parsed.steps)
+    if verdict is None:
+        return EXIT_DONE
+    print("\n".join(verdict.lines()))
+    return EXIT_DONE if verdict.equal else 1
 
 
 def _relaunch(processes: int, log_dir: Path | None) -> int:

@@ -158,7 +158,7 @@ def test_killed_ranks_of_two(server: RunServer, data: str, tmp_path: Path) -> No
 def test_a_signal_to_one_rank_saves_on_all(
     server: RunServer, data: str, tmp_path: Path, number: signal.Signals, rank: int
 ) -> None:
-    content = recipe(data, tmp_path / "run", {"training": {"steps": 100000}})
+    content = recipe(data, tmp_path / "run", {"training": {"steps": 5000}})
     run = server.start(["pretrain", write_recipe(tmp_path / "r.yaml", content)], ranks=2)
     wait_for(lambda: lines(tmp_path / "run") >= 2, run)
     run.signal(number, rank)
@@ -172,7 +172,7 @@ def test_a_signal_to_one_rank_saves_on_all(
 
 def test_a_signal_to_the_command_saves(data: str, tmp_path: Path) -> None:
     options: Sections = {
-        "training": {"steps": 100000},
+        "training": {"steps": 5000},
         "parallel": {"tensor_model_parallel_size": 2},
     }
     path = write_recipe(tmp_path / "r.yaml", recipe(data, tmp_path / "run", options))
@@ -237,7 +237,7 @@ def test_a_full_disk_costs_saves_until_there_is_room(
     server: RunServer, data: str, tmp_path: Path, small_disk: Path
 ) -> None:
     options: Sections = {
-        "training": {"steps": 100000},
+        "training": {"steps": 5000},
         "checkpoint": {"save_interval_steps": 5, "keep_last": 1},
         "data": {"cache_dir": str(tmp_path / "cache")},
     }

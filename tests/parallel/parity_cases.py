@@ -115,9 +115,6 @@ CASES: dict[str, RunConfig] = {
     "random": _case(RouterConfig(kind="random"), _pooling("running"), vocab_size=302),
 }
 
-EXCLUDED = frozenset({"hard, pre, RBF"})
-"""Cases whose score does not tell how near the choice is to another: a free choice must be equal."""
-
 
 def _layout(
     tensor: int = 1, sequence: bool = False, pipeline: int = 1, sharded: bool = False

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chiar_megatron.config.schema import ParallelConfig, RunConfig
 from tests.parallel.harness import run_ranks
-from tests.parallel.parity_cases import CASES, EXCLUDED, LAYOUTS, RBF, calibrated, one_process
+from tests.parallel.parity_cases import CASES, LAYOUTS, RBF, calibrated, one_process
 from tests.parallel.workers_parity import STEPS, Answer, Piece, start_layout, train_case
 
 TOLERANCE = 1e-5  # of the loss in nats, and of the gradient norm relative to it
@@ -213,27 +213,34 @@ def test_gradients_are_those_of_one_process(launches, references, largest, size,
 
 @pytest.mark.parametrize(("size", "layout", "case"), RUNS)
 def test_free_decisions_differ_only_next_to_the_threshold(launches, references, largest, size, layout, case):
-    reference, threshold = references[case].answer, references[case].config.model.router.threshold
-    found: dict[tuple[int, int], Tensor] = {}
+    reference, config = references[case].answer, references[case].config
+    light: dict[tuple[int, int], Tensor] = {}
+    scores: dict[tuple[int, int], Tensor] = {}
     for answer in launches.of(size, layout, case)["free"]:
-        for key, light in answer.light.items():
+        for key in answer.light:
             # Bit for bit the same on every rank that decides for this sample in this layer.
-            assert torch.equal(found.setdefault(key, light), light), key
-    batch = references[case].config.training.global_batch_size
-    assert set(found) == {key for key in reference.light if key[0] < batch}
+            assert torch.equal(light.setdefault(key, answer.light[key]), answer.light[key]), key
+            assert torch.equal(scores.setdefault(key, answer.scores[key]), answer.scores[key]), key
+    assert set(light) == {key for key in reference.light if key[0] < config.training.global_batch_size}
     flips = 0
-    for key, light in found.items():
-        score = reference.scores[key]
-        differs = light != reference.light[key]
+    for key in light:
+        differs = light[key] != reference.light[key]
         flips += int(differs.sum())
-        if threshold is None:  # hard: half, where two operators are weighed; soft does not choose
-            threshold = 0.5
-        near = (score - threshold).abs() < TOLERANCE
-        assert case not in EXCLUDED or not differs.any()
-        assert not (differs & ~near).any(), key
-    largest.note(
-        "free decisions that differ (all of them within 1e-5 of the threshold)", flips, f"{layout}: {case}"
-    )
+        assert not (differs & ~near_threshold(config, reference.scores[key])).any(), key
+    where = f"{layout}: {case}"
+    largest.note("free decisions that differ (all within 1e-5 of the threshold)", flips, where)
+    if flips == 0 and light:
+        error = max(float((scores[key] - reference.scores[key]).abs().max()) for key in scores)
+        largest.note("score", error, where)
+        assert error <= TOLERANCE
+
+
+def near_threshold(config: RunConfig, score: Tensor) -> Tensor:
+    """Where rounding may decide. Of three operators one weight does not tell how near the others are."""
+    router = config.model.router
+    if router.kind in ("soft", "hard"):
+        return ((score - 0.5).abs() < TOLERANCE) & (router.operators != RBF)
+    return (score - router.threshold).abs() < TOLERANCE
 
 
 @pytest.mark.parametrize(("size", "layout", "case"), [run for run in RUNS if "TP" in run[1]])

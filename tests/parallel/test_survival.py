@@ -78,11 +78,13 @@ def kill_at(run: Run, run_dir: Path, in_a_save: bool, dice: random.Random, rank:
     """Kill -9 a rank (None: all) some steps from now, inside a save or anywhere; returns the phase it hit."""
     begun = lines(run_dir, "events")
     wait_for(lambda: lines(run_dir, "events") > begun, run)  # this attempt has started or resumed
-    steps = lines(run_dir) + dice.randrange(1, 7)
+    steps = lines(run_dir) + dice.randrange(2, 10)
     wait_for(lambda: lines(run_dir) >= steps, run)
     if in_a_save:
         wait_for(lambda: bool(half_written(run_dir)), run)
     time.sleep(dice.uniform(0.0, 0.012 if in_a_save else 0.06))
+    # Nothing is written by a child, whose death could go unnoticed.
+    assert psutil.Process(run.pids[rank or 0]).children() == []
     run.signal(signal.SIGKILL, rank)
     if rank is not None:
         time.sleep(0.05)

@@ -177,3 +177,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(torn)
         with pytest.raises(CheckpointError, match=r"manifest.json is torn"):
             read_manifest(tmp_path)
+
+
+def test_a_save_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    left = tmp_path / ".step_00000001.tmp"
+    left.mkdir()
+    (left / "__0_0.distcp").write_text("half")
+    save(tmp_path, 1)
+    assert {p.name for p in tmp_path.iterdir()} == {"latest", "step_00000001"}

@@ -5,7 +5,7 @@ Pooling `batch` does see the future; it shows that these tests can fail.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -41,20 +41,35 @@ def random_ids() -> tuple[Tensor, Tensor]:
     return ids_BS, (ids_BS + torch.randint(1, 61, (B, S), generator=generator)) % 61
 
 
+class Seen(NamedTuple):
+    """What one forward pass computed."""
+
+    logits_BSV: Tensor
+    scores_BSL: Tensor  # of each routed layer: one may change and flip no decision
+    fractions_L: Tensor  # share of light tokens
+
+
 @torch.no_grad()
-def logits_and_fraction(
-    model: Any, ids_BS: Tensor, documents_BS: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Logits `[b, s, v]`, and the share of light tokens in each routed layer."""
-    context = ForwardContext(tokens_BS=ids_BS, document_ids_BS=documents_BS, recorded_light_SB={})
+def run(model: Any, ids_BS: Tensor, documents_BS: Tensor | None = None) -> Seen:
+    """A forward pass in evaluation mode."""
+    light, scores = {}, {}
+    context = ForwardContext(
+        tokens_BS=ids_BS, document_ids_BS=documents_BS, recorded_light_SB=light, recorded_score_SB=scores
+    )
     logits_BSV = model(ids_BS, context=context)
-    assert context.recorded_light_SB is not None and len(context.recorded_light_SB) == 2
-    return logits_BSV, torch.stack([light.float().mean() for light in context.recorded_light_SB.values()])
+    assert len(light) == len(scores) == 2
+    fractions_L = torch.stack([light_SB.float().mean() for light_SB in light.values()])
+    return Seen(logits_BSV, torch.stack([score_SB.T for score_SB in scores.values()], dim=-1), fractions_L)
 
 
 def assert_mixed(fractions: Tensor) -> None:
     """The test is worth nothing where every token goes the same way."""
     assert ((fractions >= 0.2) & (fractions <= 0.8)).all(), fractions
+
+
+def with_another_future(ids_BS: Tensor, other_BS: Tensor) -> Tensor:
+    """The same tokens before CUT."""
+    return torch.cat((ids_BS[:, :CUT], other_BS[:, CUT:]), dim=1)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -63,12 +78,11 @@ def assert_mixed(fractions: Tensor) -> None:
 def test_the_future_is_not_seen(router, pooling, style):
     model = tiny_model(tiny_config(ROUTERS[router], pooling, **STYLES[style]))
     ids_BS, other_BS = random_ids()
-    changed_BS = torch.cat((ids_BS[:, :CUT], other_BS[:, CUT:]), dim=1)
-    before, fractions = logits_and_fraction(model, ids_BS)
-    after, _ = logits_and_fraction(model, changed_BS)
-    assert_mixed(fractions)
-    assert torch.equal(before[:, :CUT], after[:, :CUT])
-    assert (before[:, CUT:] != after[:, CUT:]).any(dim=-1).all()
+    before, after = run(model, ids_BS), run(model, with_another_future(ids_BS, other_BS))
+    assert_mixed(before.fractions_L)
+    assert torch.equal(before.logits_BSV[:, :CUT], after.logits_BSV[:, :CUT])
+    assert torch.equal(before.scores_BSL[:, :CUT], after.scores_BSL[:, :CUT])
+    assert (before.logits_BSV[:, CUT:] != after.logits_BSV[:, CUT:]).any(dim=-1).all()
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -77,40 +91,39 @@ def test_the_past_is_seen(router):
     model = tiny_model(tiny_config(ROUTERS[router]))
     ids_BS, other_BS = random_ids()
     changed_BS = torch.cat((other_BS[:, :1], ids_BS[:, 1:]), dim=1)
-    before, after = (logits_and_fraction(model, ids)[0] for ids in (ids_BS, changed_BS))
-    assert (before != after).any(dim=-1).all()
+    before, after = run(model, ids_BS), run(model, changed_BS)
+    assert (before.logits_BSV != after.logits_BSV).any(dim=-1).all()
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_papers_pooling_sees_the_future(router):
     model = tiny_model(tiny_config(ROUTERS[router], "batch"))
     ids_BS, other_BS = random_ids()
-    changed_BS = torch.cat((ids_BS[:, :CUT], other_BS[:, CUT:]), dim=1)
-    before, fractions = logits_and_fraction(model, ids_BS)
-    after, _ = logits_and_fraction(model, changed_BS)
-    assert_mixed(fractions)
-    assert not torch.equal(before[:, :CUT], after[:, :CUT])
+    before, after = run(model, ids_BS), run(model, with_another_future(ids_BS, other_BS))
+    assert_mixed(before.fractions_L)
+    assert not torch.equal(before.logits_BSV[:, :CUT], after.logits_BSV[:, :CUT])
 
 
 @pytest.mark.parametrize("pooling", ["running", "causal"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_other_documents_are_not_seen(router, pooling):
-    """Neither the one before nor the one after; changed values are larger than all that remains."""
+    """Neither the one before nor the one after, although their embeddings become a thousand times larger."""
     model = tiny_model(tiny_config(ROUTERS[router], pooling))
     with torch.no_grad():
         model.module.embedding.word_embeddings.weight[50:] *= 1000.0
     ids_BS, other_BS = random_ids()
     ids_BS %= 50
     other_BS = 50 + other_BS % 11
-    # Ends differ between the sequences of a batch; the middle document is 9 to 12 tokens long.
+    # Boundaries differ between the sequences of the batch.
     starts_B1, ends_B1 = torch.tensor([[5], [6], [7], [8]]), torch.tensor([[17], [16], [17], [17]])
     positions_S = torch.arange(S)
     documents_BS = (positions_S >= starts_B1).long() + (positions_S >= ends_B1)
     middle_BS = documents_BS == 1
-    before, fractions = logits_and_fraction(model, ids_BS, documents_BS)
-    assert_mixed(fractions)
-    after, _ = logits_and_fraction(model, torch.where(middle_BS, ids_BS, other_BS), documents_BS)
-    assert torch.equal(before[middle_BS], after[middle_BS])
-    assert (before[~middle_BS] != after[~middle_BS]).any(dim=-1).all()
-    joined, _ = logits_and_fraction(model, ids_BS)
-    assert (before[documents_BS > 0] != joined[documents_BS > 0]).any(dim=-1).all()
+    before = run(model, ids_BS, documents_BS)
+    after = run(model, torch.where(middle_BS, ids_BS, other_BS), documents_BS)
+    assert_mixed(before.fractions_L)
+    assert torch.equal(before.logits_BSV[middle_BS], after.logits_BSV[middle_BS])
+    assert torch.equal(before.scores_BSL[middle_BS], after.scores_BSL[middle_BS])
+    assert (before.logits_BSV[~middle_BS] != after.logits_BSV[~middle_BS]).any(dim=-1).all()
+    joined, later_BS = run(model, ids_BS), documents_BS > 0
+    assert (before.logits_BSV[later_BS] != joined.logits_BSV[later_BS]).any(dim=-1).all()

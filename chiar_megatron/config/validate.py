@@ -299,12 +299,15 @@ def _prefixes(entries: Sequence[str]) -> Sequence[str]:
     return entries[1::2] if weighted else entries
 
 
+# Paths are shown whole, however long: their end is what differs.
+
+
 def _missing(field: str, value: str, path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
-        return f"{field}: {shown(value)} does not exist, nor does its folder {folder}; correct the path"
+        return f"{field}: {value!r} does not exist, nor does its folder {folder}; correct the path"
     nearest = nearest_name(path.name, sorted(entry.name for entry in folder.iterdir()))
-    return f"{field}: {shown(value)} does not exist{nearest or f'; {folder} has nothing like it'}"
+    return f"{field}: {value!r} does not exist{nearest or f'; {folder} has nothing like it'}"
 
 
 def _missing_data(field: str, prefix: str) -> list[str]:
@@ -314,9 +317,9 @@ def _missing_data(field: str, prefix: str) -> list[str]:
     if not absent:
         return []
     if suffix in ("bin", "idx") and Path(prefix).is_file():
-        return [f"{field}: {shown(prefix)} must be the prefix alone; use {shown(stem)}"]
+        return [f"{field}: {prefix!r} must be the prefix alone; use {stem!r}"]
     if len(absent) == 1:
-        return [f"{field}: {shown(prefix)} lacks {absent[0]}; run `chiar preprocess` again"]
+        return [f"{field}: {prefix!r} lacks {absent[0]}; run `chiar preprocess` again"]
     folder = Path(prefix).parent
     if not folder.is_dir():
         return [_missing(field, prefix, Path(prefix))]

@@ -9,6 +9,14 @@ import pytest
 from tests.parallel.run_server import RunServer
 
 
+@pytest.fixture(scope="package", autouse=True)
+def cpu_only() -> Iterator[None]:
+    """These layouts are gloo's: several ranks would not find a GPU each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunServer]:
     """Starts runs of the command line within a second."""

@@ -279,7 +279,10 @@ def _relaunch(processes: int, log_dir: Path | None) -> int:
     from chiar_megatron.runtime.launch import launch_local
 
     command = [sys.executable, "-m", "chiar_megatron.cli", *sys.argv[1:]]
-    result = launch_local(command, processes, log_dir=log_dir)
+    try:
+        result = launch_local(command, processes, log_dir=log_dir)
+    except OSError as error:
+        raise ChiarError(f"{log_dir} cannot be written: {error}; choose another run_dir") from None
     if result.message:
         print(result.message, file=sys.stderr)
     return result.exit_code

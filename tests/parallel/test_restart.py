@@ -231,6 +231,12 @@ def test_a_run_folder_that_cannot_be_written_is_one_line_on_all_ranks(
         lines = run.output(rank).splitlines()
         assert len(lines) == 1 and lines[0].startswith("chiar: run_dir ") and "cannot be written" in lines[0]
     assert time.monotonic() - started < 60
+    # The launcher itself keeps logs there.
+    command = [sys.executable, "-m", "chiar_megatron.cli", "pretrain", str(path)]
+    two = "parallel.tensor_model_parallel_size=2"
+    alone = subprocess.run([*command, two], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert alone.returncode == 2
+    assert len(alone.stderr.splitlines()) == 1 and "cannot be written" in alone.stderr
 
 
 def test_verify_resume_names_what_differs(

@@ -6,7 +6,7 @@ One record of `metrics.jsonl` is one logged step. The training loop fills these 
 |---|---|
 | step | optimizer steps done, 1 after the first |
 | loss | mean over the tokens of the global batch, nats per token |
-| z_loss, regularizer | the extra terms of the objective, nats per token; only where they are on |
+| z_loss | the extra term of the objective, nats per token; only where it is on |
 | grad_norm | global gradient norm before clipping |
 | learning_rate | of this step |
 | tokens_per_second, step_seconds | over all devices, since the last record, pauses excluded |

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +67,13 @@ class MegatronEngine:
         self.forward_step = ForwardStep(world.device, recorder, replay)
         self.forward_backward = get_forward_backward_func()
 
-    def train_step(self, batches: Sequence[TokenBatch], step: int, requests: Requests) -> StepResult:
+    def train_step(
+        self, batches: Sequence[TokenBatch], step: int, requests: Callable[[], Requests] = Requests
+    ) -> StepResult:
         """Forward, backward and update from this replica's micro-batches of `step` (from 0).
 
-        requests: any rank's reach all in the step's one reduction.
+        requests: asked when the work is done, so that a signal during the step counts; any rank's reach
+        all in the step's one reduction.
         """
         seed_random_streams(self.config.training.seed, step, self.world)
         learning_rate = self.learning_rate.set(step)
@@ -78,7 +81,7 @@ class MegatronEngine:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._run(batches, forward_only=False)
-        sums = reduce_step(self.module, reports, self.world, requests)
+        sums = reduce_step(self.module, reports, self.world, requests())
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         # Gradients were summed over replicas and the norm over the rest: all ranks judge alike.

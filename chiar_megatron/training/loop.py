@@ -112,7 +112,7 @@ class Trainer:
         batches = read_ahead(self._train, self._layout(), self.step, last, self.config.data.num_workers)
         stop_reason = None
         for step_batches in batches:
-            result = self.engine.train_step(step_batches, self.step, self.schedule.requests())
+            result = self.engine.train_step(step_batches, self.step, self.schedule.requests)
             self.step += 1
             self.tokens_seen += result.sums.tokens
             self._judge(result)

@@ -14,9 +14,30 @@ from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
 from chiar_megatron.metrics.progress import ProgressLine
 from chiar_megatron.metrics.writers import MultiWriter, open_writers
-from chiar_megatron.model.accounting import model_flops_per_token
+from chiar_megatron.model.accounting import model_flops_per_token, parameter_count
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.training.engine import StepResult
+
+
+def describe(config: RunConfig, world: World) -> list[str]:
+    """What is about to run, and by which paths, in a few lines; config: resolved."""
+    model, parallel, training = config.model, config.parallel, config.training
+    count = parameter_count(model)
+    layout = [f"tensor {world.tensor_parallel_size}{' with sequence' if parallel.sequence_parallel else ''}"]
+    layout += [f"pipeline {world.pipeline_size}", f"data {world.data_parallel_size}"]
+    if parallel.distributed_optimizer:
+        layout.append("distributed optimizer")
+    lines = [
+        f"model {model.schedule}: {count.total:,} parameters, {count.non_embedding:,} without embeddings",
+        f"{world.size} process(es): {', '.join(layout)}; {training.precision} on {world.device.type}; "
+        f"{training.global_batch_size * model.seq_length:,} tokens a step",
+    ]
+    if "R" in model.schedule:
+        lines.append(f"router {model.router.kind}; dispatch is dense: both operators see every token")
+    peak = device_peak(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    if peak is not None:
+        lines.append(f"MFU counts useful FLOPs against {peak}")
+    return lines
 
 
 class Reporter:
@@ -33,6 +54,8 @@ class Reporter:
         if world.is_main:
             self.writers = open_writers(run_dir, config.logging, step, to_dict(config))
             self.restarts = self.writers.restarts
+            for line in describe(config, world):
+                self.say(line)
             if step > 0:
                 self.say(f"continuing after step {step} ({tokens_seen:,} tokens)")
 

@@ -95,7 +95,7 @@ def _check_kept(config: RunConfig, info: CheckpointInfo, folder: Path) -> None:
     ):
         for field in fields:
             new, old = _at(wanted, field), _at(info.config, field)
-            if new != old:
+            if _meant(field, new) != _meant(field, old):
                 raise CheckpointError(
                     f"{field} is {new}, but {folder} was trained with {old}: {what}; "
                     f"keep it, or start a new run_dir with training.init_from={folder}"
@@ -148,8 +148,12 @@ def _marker(config: RunConfig) -> str:
 
 
 def _meant(field: str, value: object) -> object:
-    """"D R*2 A" and "D R R A" are one schedule."""
-    return parse_schedule(value) if field == "schedule" and isinstance(value, str) else value
+    """A value without what may differ: the spelling of a schedule, the folder of tokenised files."""
+    if field == "schedule" and isinstance(value, str):
+        return parse_schedule(value)
+    if field == "data.train" and isinstance(value, list):
+        return [Path(str(entry)).name for entry in value]
+    return value
 
 
 def _at(tree: object, path: str) -> object:

@@ -104,6 +104,24 @@ def test_nothing_whole_starts_anew_saying_so(
     assert saved_state(run_dir, STEPS) == saved_state(finished, STEPS)
 
 
+def test_tokenised_files_may_have_moved_but_not_become_others(
+    server: RunServer, data: str, finished: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    elsewhere = Path(shutil.copytree(Path(data).parent, tmp_path / "elsewhere"))
+    longer: Sections = {"training": {"steps": STEPS + 1}}
+    path = write_recipe(tmp_path / "r.yaml", recipe(str(elsewhere / "text"), run_dir, SAVES, longer))
+    run = server.start(["pretrain", path], ranks=2)
+    assert run.wait() == [0, 0], run.output()
+    assert list(losses(run_dir)) == list(range(1, STEPS + 2))
+    for suffix in ("bin", "idx"):
+        (elsewhere / f"text.{suffix}").rename(elsewhere / f"other.{suffix}")
+    path = write_recipe(tmp_path / "r.yaml", recipe(str(elsewhere / "other"), run_dir, SAVES))
+    run = server.start(["pretrain", path], ranks=2)
+    assert run.wait() == [2, 2]
+    assert "data.train is" in run.output()
+
+
 def test_going_back_skips_samples_and_happens_once(
     server: RunServer, data: str, finished: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,6 @@ from chiar_megatron.runtime.distributed import World, initialize
 from chiar_megatron.runtime.env import read_process_env
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 from chiar_megatron.training.engine import MegatronEngine
-from chiar_megatron.training.step import Requests
 
 STEPS = 6
 DOCUMENT_END = 0
@@ -103,7 +102,7 @@ def train_case(
     )
     for step in range(steps):
         batches = [read_batch(config, layout.positions(step, m)) for m in range(layout.num_micro_batches)]
-        result = engine.train_step(batches, step, Requests())
+        result = engine.train_step(batches, step)
         assert result.taken
         answer.losses.append(result.sums.loss)
         answer.z_losses.append(result.sums.z_loss)

@@ -19,7 +19,6 @@ from chiar_megatron.runtime.distributed import World, initialize
 from chiar_megatron.runtime.env import read_process_env
 from chiar_megatron.training.engine import MegatronEngine
 from chiar_megatron.training.loop import pretrain, resolve
-from chiar_megatron.training.step import Requests
 
 
 @dataclass
@@ -82,7 +81,7 @@ def poison(recipe: dict[str, Any], rank: int) -> dict[str, Any]:
                 weight[0, 0] = float("nan")
         before = _weights(engine)
         state_before = _moments(engine)
-        result = engine.train_step(list(micro_batches(streams.train, step, layout)), step, Requests())
+        result = engine.train_step(list(micro_batches(streams.train, step, layout)), step)
         taken.append(result.taken)
         after = _weights(engine)
         unchanged.append(

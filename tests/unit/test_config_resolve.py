@@ -146,7 +146,6 @@ def test_entropy_threshold_elsewhere_is_that_of_noise() -> None:
     assert resolved.router.threshold == pytest.approx(spectral_entropy(noise).mean().item(), abs=1e-3)
 
 
-
 @pytest.mark.parametrize(
     ("fields", "vocab", "message"),
     [

@@ -13,7 +13,6 @@ from chiar_megatron.operators.context import ForwardContext, GenerationState
 from chiar_megatron.routing.meta_router import MetaRouter
 from chiar_megatron.runtime.distributed import single_process_world
 from chiar_megatron.training.engine import MegatronEngine
-from chiar_megatron.training.step import Requests
 from tests.unit.test_model import random_batch
 from tests.unit.tiny_models import tiny_config
 
@@ -166,7 +165,7 @@ def test_a_step_moves_the_average_once_by_the_mean_of_all_its_micro_batches():
         table = engine.module.embedding.word_embeddings.weight.detach().double()
         mean = table[torch.cat([batch.tokens_BS for batch in batches])].mean((0, 1))
         expected, weight = decay * expected + (1 - decay) * mean, decay * weight + (1 - decay)
-        engine.train_step(batches, step, Requests())
+        engine.train_step(batches, step)
         close(meta_router.running_mean_H, expected)
         assert float(meta_router.running_weight) == pytest.approx(weight)
     engine.validation_loss(batches)

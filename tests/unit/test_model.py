@@ -16,7 +16,7 @@ from chiar_megatron.inference.load import InferenceModel
 from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.runtime.distributed import seed_random_streams, single_process_world
 from chiar_megatron.training.engine import MegatronEngine
-from chiar_megatron.training.step import ForwardStep, Requests
+from chiar_megatron.training.step import ForwardStep
 from tests.unit.reference_model import Reference, double_weights
 from tests.unit.tiny_models import tiny_config, tiny_model
 
@@ -124,7 +124,7 @@ def test_a_training_step_has_the_gradients_of_the_formulas(name, masked):
     )
     engine, reference = trained_module(config)
     batches = [random_batch(config, b=2, seed=seed) for seed in (4, 5)]
-    result = engine.train_step(batches, 0, Requests())
+    result = engine.train_step(batches, 0)
     tokens = sum(float(batch.loss_mask_BS.sum()) for batch in batches)
     losses, objectives = zip(*(reference_objective(reference, b, Z_LOSS) for b in batches), strict=True)
     assert result.sums.tokens == tokens
@@ -149,7 +149,7 @@ def test_the_reported_gate_is_the_mean_over_the_step():
         reference.logits(batch.tokens_BS)
         gates.append(float(reference.gate))
     assert abs(gates[0] - gates[1]) > 1e-3
-    result = engine.train_step(batches, 0, Requests())
+    result = engine.train_step(batches, 0)
     assert result.sums.gate == pytest.approx(sum(gates) / 2, abs=1e-5)
 
 

@@ -16,8 +16,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-
 from chiar_megatron.metrics.jsonl import read_metrics
 from chiar_megatron.metrics.picture import draw_run
 
@@ -81,6 +79,8 @@ def split_lines(text: Path) -> tuple[Path, Path]:
 
 def unigram_entropy(prefix: Path) -> float:
     """Entropy of the tokens' own frequencies, nats: what a model that ignores context cannot beat here."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # seconds; chiar quiets its warnings
+
     counts: Counter[int] = Counter()
     dataset = IndexedDataset(str(prefix))
     for index in range(len(dataset)):

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", required=True, metavar="PREFIX", help="writes PREFIX.model and PREFIX.vocab"
     )
     train.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
+    train.add_argument("--json-key", default="text", metavar="KEY", help="text field of .jsonl lines")
     train.set_defaults(run=_train_tokenizer)
 
     preprocess = verbs.add_parser("preprocess", help="tokenise text to Megatron's .bin/.idx")
@@ -291,7 +292,13 @@ def _relaunch(processes: int, log_dir: Path | None) -> int:
 def _train_tokenizer(parsed: argparse.Namespace) -> int:
     from chiar_megatron.data.tokenizer import train_tokenizer
 
-    path = train_tokenizer(parsed.input, parsed.vocab_size, parsed.output, parsed.model_type)
+    path = train_tokenizer(
+        parsed.input,
+        parsed.vocab_size,
+        parsed.output,
+        model_type=parsed.model_type,
+        json_key=parsed.json_key,
+    )
     print(path)
     return EXIT_DONE
 

@@ -49,7 +49,7 @@ def pretrain(config: RunConfig, world: World, signals: StopSignals | None = None
     config = resolve(config)
     check_config(config, world.size)
     folder = RunFolder(config.run_dir)
-    on_main(lambda: folder.write_start(config, world.size))
+    on_main(lambda: folder.write_start(world.size))
     if config.training.deterministic:
         set_deterministic()
     trainer = None
@@ -60,6 +60,7 @@ def pretrain(config: RunConfig, world: World, signals: StopSignals | None = None
                 "data.train is empty: give the prefix of preprocessed files (see `chiar preprocess`)"
             )
         trainer = Trainer(config, world, folder, streams, signals)
+        on_main(lambda: folder.write_config(config))
         return trainer.run()
     except BaseException as error:
         reason = "error: " + (str(error).splitlines() or [type(error).__name__])[0]

@@ -30,15 +30,18 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
 
-    def write_start(self, config: RunConfig, world_size: int) -> None:
-        """Write `config.yaml` (resolved) and `environment.json`. Raises ChiarError if it cannot."""
+    def write_start(self, world_size: int) -> None:
+        """Make the folder and write `environment.json`. Raises ChiarError if it cannot."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_durably(self.path / "config.yaml", dump_config(config))
             write_durably(self.path / "environment.json", json.dumps(_environment(world_size), indent=1))
             (self.path / "exit.json").unlink(missing_ok=True)
         except OSError as error:
             raise ChiarError(f"run_dir {self.path} cannot be written: {error}; choose another") from None
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write `config.yaml`, resolved; once it is known to fit what the folder holds. Raises OSError."""
+        write_durably(self.path / "config.yaml", dump_config(config))
 
     def write_exit(self, reason: str, step: int, exit_code: int) -> None:
         """Write why the run ended; an attempt killed before this leaves no `exit.json`."""

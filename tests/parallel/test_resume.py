@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.parallel.harness import run_ranks
 from tests.parallel.tiny_run import Sections, losses, recipe, records, saved_state, write_data
@@ -172,6 +173,9 @@ def test_a_refused_run_folder_is_as_before(runs: tuple[Path, dict[str, Any]]) ->
     folder, _ = runs
     names = {path.name for path in (folder / "dp2" / "whole" / "checkpoints").iterdir()}
     assert names == {"step_00000006", "latest"}
+    config = yaml.safe_load((folder / "dp2" / "whole" / "config.yaml").read_text())
+    assert config["model"]["hidden_size"] == 32
+    assert losses(folder / "dp2" / "whole").keys() == set(range(1, STEPS + 1))
 
 
 def test_one_ranks_undefined_weight_makes_all_skip_the_step(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ evaluation and in generation is causal by construction (DESIGN, decision 4).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ _BLENDING = ("soft", "hard")
 _GATED = ("learned", "entropy_gated")
 
 
-class Router(torch.nn.Module):
+class Router(torch.nn.Module, ABC):
     """Base: holds the threshold τ, a float32 buffer of shape `[]` that belongs to the checkpoint."""
 
     threshold: Tensor
@@ -54,9 +55,9 @@ class Router(torch.nn.Module):
             context.recorded_light_SB[self.layer_number] = decision.light_SB
         return decision
 
+    @abstractmethod
     def decide(self, x_SBH: Tensor, context: ForwardContext, shard: tuple[int, int]) -> RouteDecision:
         """The router's own choice."""
-        raise NotImplementedError
 
     def force(self, decision: RouteDecision, light_SB: Tensor) -> RouteDecision:
         """The same decision with another choice of operator."""

@@ -26,6 +26,10 @@ _SHAPE_FIELDS = (
     "vocab_size", "activation", "norm", "normalization", "add_bias", "tie_embeddings",
     "router.kind", "router.operators", "meta_router.enabled",
 )  # fmt: skip
+# Fields that change what the same tensors compute.
+_MEANING_FIELDS = (
+    "norm_epsilon", "rotary_base", "router.dc_power_weight", "router.keys_values", "meta_router.pooling",
+)  # fmt: skip
 # Fields on which the order of samples rests: changed in mid-run, samples would be skipped or repeated.
 _ORDER_FIELDS = (
     "training.global_batch_size", "training.seed", "model.seq_length", "data.train", "data.split",
@@ -41,7 +45,7 @@ class Restored:
     step: int
     tokens_seen: int
     problems: list[str]
-    """What was wrong with checkpoints newer than the one taken."""
+    """What was wrong with checkpoints newer than the one taken, or does not suit the weights taken."""
 
 
 def restore(config: RunConfig, engine: MegatronEngine, store: CheckpointStore) -> Restored:
@@ -54,7 +58,7 @@ def restore(config: RunConfig, engine: MegatronEngine, store: CheckpointStore) -
     folder = found.folder
     if folder is None:
         if config.training.init_from is not None:
-            _load_weights(config, engine, store)
+            found.problems.extend(_load_weights(config, engine, store))
         return Restored(0, 0, found.problems)
     info = on_main(lambda: _read_fitting(config, folder))
     engine.load_state(load_state(folder, engine.sharded_state(is_loading=True)))
@@ -118,7 +122,8 @@ def _check_skipped(config: RunConfig, info: CheckpointInfo, folder: Path) -> Non
         )
 
 
-def _load_weights(config: RunConfig, engine: MegatronEngine, store: CheckpointStore) -> None:
+def _load_weights(config: RunConfig, engine: MegatronEngine, store: CheckpointStore) -> list[str]:
+    """Take the weights of `training.init_from`; returns what the recipe computes otherwise with them."""
     folder, info = on_main(lambda: _read_source(config))
     damage = store.verify(folder)
     if damage is not None:
@@ -126,6 +131,13 @@ def _load_weights(config: RunConfig, engine: MegatronEngine, store: CheckpointSt
     state = load_state(folder, {"model": engine.module.sharded_state_dict(metadata=dict(SHARDING_METADATA))})
     engine.load_weights(state["model"])
     _log.info("weights from %s (step %d)", folder, info.step)
+    wanted, found = to_dict(config)["model"], info.config["model"]
+    return [
+        f"model.{field} is {_at(wanted, field)}, but the weights of {folder} were trained with "
+        f"{_at(found, field)}"
+        for field in _MEANING_FIELDS
+        if _at(wanted, field) != _at(found, field)
+    ]
 
 
 def _read_source(config: RunConfig) -> tuple[Path, CheckpointInfo]:

@@ -85,7 +85,10 @@ def moved_second(data: str, folder: Path, name: str, after: Sections) -> dict[st
 def init_from(data: str, folder: Path) -> dict[str, Any]:
     """A new run of two processes from the weights of one that one process trained."""
     source: Sections = {"training": {"init_from": f"{folder}/fp32/whole", "exit_after_steps": 1}}
-    still: Sections = {"optimizer": {"lr": 1e-30}}  # so that the one step tells nothing but the weights' loss
+    still: Sections = {
+        "optimizer": {"lr": 1e-30},  # so that the one step tells nothing but the weights' loss
+        "model": {"norm_epsilon": 2e-5},  # otherwise than in training, which is to be said
+    }
     return {"init_from": recipe(data, folder / "init_from", NO_DROPOUT, TWO["tp2"], source, still)}
 
 
@@ -167,6 +170,8 @@ def test_weights_of_one_layout_start_another(runs: tuple[Path, dict[str, Any]]) 
     assert begun.keys() == {1}  # its own step count
     # The first batch again: far lower than before training.
     assert begun[1][0] < trained[1][0] - 0.3
+    said = [r["error"] for r in records(folder / "init_from", "events") if r["event"] == "checkpoint_problem"]
+    assert len(said) == 1 and said[0].startswith("model.norm_epsilon is 2e-05, but the weights of ")
 
 
 def test_a_refused_run_folder_is_as_before(runs: tuple[Path, dict[str, Any]]) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from chiar_megatron.checkpoint.files import CheckpointInfo
 from tests.parallel.harness import run_ranks
-from tests.parallel.tiny_run import Sections, losses, recipe, records, saved_state, write_data
+from tests.parallel.tiny_run import Sections, losses, recipe, records, saved_state, step_folder, write_data
 from tests.parallel.workers_resume import Ending
 
 STEPS, HALF = 6, 3
@@ -179,7 +180,7 @@ def test_a_refused_run_folder_is_as_before(runs: tuple[Path, dict[str, Any]]) ->
     names = {path.name for path in (folder / "dp2" / "whole" / "checkpoints").iterdir()}
     assert names == {"step_00000006", "latest"}
     config = yaml.safe_load((folder / "dp2" / "whole" / "config.yaml").read_text())
-    assert config["model"]["hidden_size"] == 32
+    assert config == CheckpointInfo.read(step_folder(folder / "dp2" / "whole", STEPS)).config
     assert losses(folder / "dp2" / "whole").keys() == set(range(1, STEPS + 1))
 
 

@@ -8,22 +8,10 @@ from typing import Any
 import pytest
 
 from chiar_megatron.config.fields import field_types
-from chiar_megatron.config.load import config_from_dict
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.config.validate import LIMITS, check_config, check_paths
 from chiar_megatron.errors import ConfigError
-
-
-def with_fields(**by_path: Any) -> RunConfig:
-    """The default config with some fields changed; `__` stands for the dot of a path."""
-    nested: dict[str, Any] = {}
-    for name, value in by_path.items():
-        *sections, last = name.split("__")
-        target = nested
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[last] = value
-    return config_from_dict(nested)
+from tests.unit.config_fields import with_fields
 
 
 def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:

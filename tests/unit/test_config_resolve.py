@@ -9,27 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from chiar_megatron.config.load import config_from_dict, load_config, resolve_config
+from chiar_megatron.config.load import load_config, resolve_config
 from chiar_megatron.config.presets import PRESETS
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import ModelConfig, RunConfig
 from chiar_megatron.config.validate import check_config
 from chiar_megatron.errors import ConfigError
 from chiar_megatron.routing.entropy import spectral_entropy
+from tests.unit.config_fields import with_fields
 
 EXAMPLE_400M = Path(__file__).parents[2] / "examples" / "chiar_400m" / "recipe.yaml"
-
-
-def with_fields(**by_path: Any) -> RunConfig:
-    """The default config with some fields changed; `__` stands for the dot of a path."""
-    nested: dict[str, Any] = {}
-    for name, value in by_path.items():
-        *sections, last = name.split("__")
-        target = nested
-        for section in sections:
-            target = target.setdefault(section, {})
-        target[last] = value
-    return config_from_dict(nested)
 
 
 # Presets

@@ -39,21 +39,21 @@ def gate_of(meta_router: MetaRouter, pooled: Tensor) -> Tensor:
     return torch.sigmoid((pooled.double() * weight[0]).sum(-1, keepdim=True) + bias)
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def assert_near(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_running_reads_the_average_of_past_steps_corrected_for_its_start():
     decay = 0.9
     meta_router = build("running", decay).eval()
-    close(meta_router(embeddings(), ForwardContext()), gate_of(meta_router, torch.zeros(1, 1, H)))
+    assert_near(meta_router(embeddings(), ForwardContext()), gate_of(meta_router, torch.zeros(1, 1, H)))
     means = [torch.randn(H, dtype=torch.float64) for _ in range(4)]
     for count in range(1, 5):
         meta_router.update_running(means[count - 1])
         weights = [(1 - decay) * decay ** (count - i) for i in range(1, count + 1)]
         average = sum(w * m for w, m in zip(weights, means, strict=False)) / (1 - decay**count)
         for x in (embeddings(1), embeddings(2)):
-            close(meta_router(x, ForwardContext()), gate_of(meta_router, average[None, None]))
+            assert_near(meta_router(x, ForwardContext()), gate_of(meta_router, average[None, None]))
 
 
 def test_running_passes_gradient_to_the_gate_and_not_to_the_embeddings():
@@ -62,7 +62,9 @@ def test_running_passes_gradient_to_the_gate_and_not_to_the_embeddings():
     x = embeddings().requires_grad_()
     meta_router(x, ForwardContext()).sum().backward()
     assert x.grad is None
-    close(meta_router.gate_proj.weight.grad[0] / meta_router.gate_proj.bias.grad, torch.ones(H).double())
+    assert_near(
+        meta_router.gate_proj.weight.grad[0] / meta_router.gate_proj.bias.grad, torch.ones(H).double()
+    )
 
 
 @pytest.mark.parametrize("pooling", ["running", "batch", "causal"])
@@ -74,7 +76,7 @@ def test_pending_sums_are_of_training_and_taken_once(pooling):
     before = meta_router.running_mean_H.clone(), meta_router.running_weight.clone()
     pending = meta_router.take_pending()
     both = embeddings(1) + embeddings(2)
-    close(pending[:H], both.sum((0, 1)) if pooling == "running" else torch.zeros(H).double())
+    assert_near(pending[:H], both.sum((0, 1)) if pooling == "running" else torch.zeros(H).double())
     torch.testing.assert_close(pending[H], torch.stack(gates).double().sum(), rtol=1e-6, atol=0.0)
     assert pending[H + 1] == 2 * S * B
     assert torch.equal(meta_router.take_pending(), torch.zeros(H + 2, dtype=torch.float64))
@@ -87,11 +89,11 @@ def test_batch_is_the_mean_over_batch_and_time_and_differentiable():
     gate = meta_router(x, ForwardContext())
     expected = gate_of(meta_router, x.mean((0, 1), keepdim=True))
     assert gate.shape == (1, 1, 1)
-    close(gate, expected)
+    assert_near(gate, expected)
     inputs = (x, *meta_router.parameters())
     pairs = zip(torch.autograd.grad(gate, inputs), torch.autograd.grad(expected, inputs), strict=True)
     for ours, theirs in pairs:
-        close(ours, theirs.double())
+        assert_near(ours, theirs.double())
 
 
 def prefix_means(x: Tensor, documents: Tensor | None) -> Tensor:
@@ -113,7 +115,7 @@ def test_causal_is_the_mean_of_the_prefix_and_differentiable(documents):
     x = embeddings().requires_grad_()
     gate = meta_router(x, ForwardContext(document_ids_BS=documents))
     with torch.no_grad():
-        close(gate, gate_of(meta_router, prefix_means(x, documents)))
+        assert_near(gate, gate_of(meta_router, prefix_means(x, documents)))
     (ours,) = torch.autograd.grad((gate * embeddings(3)[..., :1]).sum(), x)
     y = x.detach().requires_grad_()
     means = torch.stack(
@@ -130,7 +132,7 @@ def test_causal_is_the_mean_of_the_prefix_and_differentiable(documents):
         ]
     )
     (theirs,) = torch.autograd.grad((gate_of(meta_router, means) * embeddings(3)[..., :1]).sum(), y)
-    close(ours, theirs)
+    assert_near(ours, theirs)
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
@@ -145,7 +147,7 @@ def test_causal_continues_over_generation_calls(documents):
         context = ForwardContext(document_ids_BS=seen, generation=state)
         parts.append(meta_router(x[state.length : end], context))
         state.length = end
-    close(torch.cat(parts), gate_of(meta_router, prefix_means(x, documents)))
+    assert_near(torch.cat(parts), gate_of(meta_router, prefix_means(x, documents)))
 
 
 def test_a_step_moves_the_average_once_by_the_mean_of_all_its_micro_batches():
@@ -166,7 +168,7 @@ def test_a_step_moves_the_average_once_by_the_mean_of_all_its_micro_batches():
         mean = table[torch.cat([batch.tokens_BS for batch in batches])].mean((0, 1))
         expected, weight = decay * expected + (1 - decay) * mean, decay * weight + (1 - decay)
         engine.train_step(batches, step)
-        close(meta_router.running_mean_H, expected)
+        assert_near(meta_router.running_mean_H, expected)
         assert float(meta_router.running_weight) == pytest.approx(weight)
     engine.validation_loss(batches)
-    close(meta_router.running_mean_H, expected)
+    assert_near(meta_router.running_mean_H, expected)

@@ -16,7 +16,7 @@ from chiar_megatron.inference.load import InferenceModel
 from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.runtime.distributed import seed_random_streams, single_process_world
 from chiar_megatron.training.engine import MegatronEngine
-from chiar_megatron.training.step import ForwardStep
+from chiar_megatron.training.step import ForwardStep, Requests
 from tests.unit.reference_model import Reference, double_weights
 from tests.unit.tiny_models import tiny_config, tiny_model
 
@@ -137,6 +137,18 @@ def test_a_training_step_has_the_gradients_of_the_formulas(name, masked):
     for key, parameter in parameters.items():
         scale = max(float(expected[key].norm()), 1e-2 * whole_norm)
         assert float((parameter.main_grad.double() - expected[key]).norm()) <= 1e-4 * scale, key
+
+
+def test_what_is_asked_for_during_a_step_counts_at_its_end():
+    engine, _ = trained_module(GRID["entropy"])
+    gradients = []
+
+    def stop() -> Requests:
+        gradients.append(sum(float(p.main_grad.abs().sum()) for p in engine.module.parameters()))
+        return Requests(stop=True)
+
+    assert engine.train_step([random_batch(GRID["entropy"])], 0, stop).sums.requests == Requests(stop=True)
+    assert gradients[0] > 0.0  # asked after the backward pass, when a signal during the step is known
 
 
 def test_the_reported_gate_is_the_mean_over_the_step():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # A test process started inside a SLURM or MPI job must not believe it is one of its ranks.
 LAUNCHER_PREFIXES = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "TORCHELASTIC_")
@@ -16,6 +17,9 @@ for name in list(os.environ):
 
 # Before torch is imported: several processes share few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Read when Triton is imported, by whomever: without a GPU its interpreter runs the kernels.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"

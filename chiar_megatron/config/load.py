@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -327,6 +327,8 @@ def _parser(field_type: Any) -> ArgumentParser:
 
 def _typed(field_type: Any, value: object) -> object:
     """`value` as `field_type`; `ValueError` if it is none."""
+    if is_optional(field_type) and field_type != Optional[str] and value in ("none", "None"):
+        value = None  # as people write it for a number or a switch
     if value is None:  # jsonargparse takes None for "not given", whatever the type
         if is_optional(field_type):
             return None

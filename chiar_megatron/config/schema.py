@@ -40,6 +40,25 @@ class RouterConfig:
     keys_values: Literal["all", "routed"] = "all"
     """Whose keys and values a routed layer's attention sees: every token's, or only light tokens'."""
 
+    target: Optional[float] = None
+    """ρ, the share of tokens that each routed layer sends to attention while training: a controller moves
+    every layer's threshold to hold it. null (or none): thresholds stay as they are, as published."""
+
+    controller_gain: float = 0.5
+    """How far the controller moves a threshold a step: gain · (share - ρ) standard deviations of scores."""
+
+    capacity: Literal["auto", "none"] = "auto"
+    """Rows that a routed layer's attention has in training. auto: ρ(1 + slack) of a micro-batch's tokens,
+    rounded up to 64, where there is a target (equal shapes each step; what overflows goes to spectral
+    mixing, counted). none: as many as there are light tokens, exactly (one host synchronisation a layer)."""
+
+    slack: float = 0.05
+    """Share of rows beyond ρ that `capacity: auto` keeps for fluctuations."""
+
+    dispatch: Literal["skip", "dense"] = "skip"
+    """skip: attention computes light tokens only, mixing dark ones. dense: both compute every token and one
+    result is kept, the reference that skipping is measured against."""
+
 
 @dataclass(frozen=True)
 class MetaRouterConfig:
@@ -257,6 +276,9 @@ class TrainingConfig:
     eval_steps: int = 10
     """Batches of one validation, per component; 0 skips validation."""
 
+    recompute: Literal["none", "full"] = "none"
+    """Activations that backward computes again instead of keeping them: none, or all inside each layer."""
+
     deterministic: bool = False
     """Only deterministic kernels (CUDA); on a CPU every run is."""
 
@@ -328,6 +350,9 @@ class RuntimeConfig:
 
     threads_per_process: Optional[int] = None
     """CPU threads of one process. null: cores / processes on this host."""
+
+    compile: Optional[bool] = None
+    """Compile layers and loss with torch.compile. null: on CUDA, where one process holds a whole layer."""
 
     record_decisions: Optional[str] = None
     """Write every routing decision, by sample and layer, to this folder (small runs only)."""

@@ -44,7 +44,7 @@ LIMITS = (
         lambda value: value > 0,
         (
             "model.norm_epsilon", "model.rotary_base", "model.init_std", "model.rbf_gamma",
-            "optimizer.lr", "optimizer.eps",
+            "model.router.controller_gain", "optimizer.lr", "optimizer.eps",
             "runtime.start_timeout_seconds", "runtime.collective_timeout_seconds",
         ),
     ),
@@ -52,7 +52,7 @@ LIMITS = (
         "0 or more",
         lambda value: value >= 0,
         (
-            "model.router.dc_power_weight", "model.router.collapse_weight",
+            "model.router.dc_power_weight", "model.router.collapse_weight", "model.router.slack",
             "data.eod_token", "data.num_workers",
             "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad",
             "training.z_loss", "training.eval_interval_steps", "training.eval_steps",
@@ -62,6 +62,7 @@ LIMITS = (
         ),
     ),
     _Limit("between 0 and 1", lambda value: 0 <= value <= 1, ("model.router.random_fraction",)),
+    _Limit("above 0 and below 1, or none", lambda value: 0 < value < 1, ("model.router.target",)),
     _Limit(
         "0 or more and below 1",
         lambda value: 0 <= value < 1,
@@ -138,6 +139,11 @@ def _check_model(config: RunConfig, problems: list[str]) -> None:
         problems.append(
             f"model.router.keys_values: routed does not go with model.router.kind {model.router.kind}, which "
             "gives every token to all operators; use keys_values: all"
+        )
+    if model.router.kind in ("soft", "hard") and model.router.target is not None:
+        problems.append(
+            f"model.router.target: {model.router.target} needs a router with a threshold, which "
+            f"{model.router.kind} has not; use target: none, or another model.router.kind"
         )
     vocab, eod = model.vocab_size, config.data.eod_token
     if vocab is not None and eod is not None and eod >= vocab:

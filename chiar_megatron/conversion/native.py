@@ -90,7 +90,9 @@ def write_native(
     parameters = dict(module.named_parameters())
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        rows = len(tensors[name])
+        parameter[:rows].copy_(tensors[name])
+        parameter[rows:].zero_()  # padding of the vocabulary
     layout = {
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,

@@ -12,6 +12,7 @@ One record of `metrics.jsonl` is one logged step. The training loop fills these 
 | tokens_per_second, step_seconds | over all devices, since the last record, pauses excluded |
 | tokens_seen | training tokens since step 0 |
 | routed_fraction | list: share of tokens sent to attention, one entry per R layer |
+| overflow_fraction | list: share of light tokens that found no row, one entry per R layer |
 | entropy_mean | list: mean spectral entropy, one entry per R layer |
 | gate | MetaRouter's g; null without a MetaRouter |
 | mfu | share of the vendor's dense bf16 peak, in [0, 1]; GPU only |

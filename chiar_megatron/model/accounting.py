@@ -7,6 +7,12 @@ look-up. So is recomputation of activations, except where an operator always doe
 
 `executed` is what the hardware does, `padded` the part of it spent on unused capacity rows, `useful` what
 the routing decision needs: light tokens through attention, dark ones through spectral mixing.
+
+Where routed layers skip (`router.dispatch: skip`), executed = useful + padded. Dense dispatch executes every
+operator on every token, and so do soft and hard routers whatever the dispatch (their gradient needs every
+output; `hard` of two operators skips at evaluation, and is counted as dense there too). Of the kernels'
+tiles only what rows and keys ask for is counted, not the edges; float32 on CUDA, which has no kernels and
+computes every key for every row and mixes all tokens, executes more than is written here.
 """
 
 from __future__ import annotations
@@ -75,7 +81,7 @@ class Savings:
     """Of measured seconds; None if nothing was measured."""
 
     def __str__(self) -> str:
-        """All three side by side; the useful share in brackets is what skipping could reach."""
+        """All three side by side; the useful share in brackets is without unused rows (dense dispatch: if it skipped)."""
         time = (
             "time not measured" if self.measured_time is None else f"measured time {self.measured_time:.1%}"
         )
@@ -113,11 +119,15 @@ def flops_per_sequence(
     routed_fraction: share of tokens that go to attention in R layers, in [0, 1], one for all or one for
     each R layer; light tokens are taken to be spread evenly over the sequence. Soft routers ignore it:
     they use every operator for every token.
-    causal: count the causal half of the scores; False counts the full square, as FLOP counters do. A
-    kernel that needs an explicit mask (documents, `keys_values: routed`) executes the full square anyway.
+    causal: count the causal half of the scores; False counts all keys for every query, as FLOP counters do.
+    Where an explicit mask is needed (documents in A layers and in dense R layers, `keys_values: routed` in
+    dense ones) the full square is executed anyway; skipping gives each row a range of keys instead. What
+    documents hide within the causal half is not subtracted: their lengths are unknown here.
     dct_form: "gemm" 2h² a transform (executed on GPUs), "fft" 2.5·h·log2 h.
-    capacity_fraction: None for dense dispatch, where R layers execute every operator on every token;
-    else the share of rows that attention executes, of which it fills at most that many.
+    capacity_fraction: where R layers skip, None for exactly as many rows as light tokens; else the rows that
+    attention has, as a share of the tokens. At most these are filled, and what overflows is mixed. The
+    query and output projections (with `keys_values: routed` keys and values too) run over unused rows:
+    padding. Scores and values do not: an unused row sees no key. Dense layers have no rows and ignore it.
     rbf_fraction: share of tokens that a three-operator hard router sends to RBF mixing.
     Training counts 3 forward passes for products of weights or activations, 2 for DCTs that pass a
     gradient (their matrix has none), 1 for a threshold router's entropy.
@@ -133,10 +143,9 @@ def flops_per_sequence(
         if kind == "R":
             pieces += counter.routed_layer(layer, next(fractions), rbf_fraction, capacity_fraction)
         elif kind == "A":
-            everything = counter.rows(seq_length, seq_length)
-            pieces += counter.attention(layer, everything, everything)
+            pieces += counter.attention_layer(layer)
         else:
-            pieces.append(counter.mixing(layer, seq_length))
+            pieces.append(counter.mixing(layer, seq_length, seq_length))
         pieces.append(counter.feed_forward(layer))
         if layer == 1 and model.meta_router.enabled:
             pieces.append(counter.meta_router(layer))
@@ -145,10 +154,18 @@ def flops_per_sequence(
 
 
 def model_flops_per_token(
-    model: ModelConfig, seq_length: int, routed_fraction: float | Sequence[float]
+    model: ModelConfig,
+    seq_length: int,
+    routed_fraction: float | Sequence[float],
+    capacity_fraction: float | None = None,
 ) -> float:
-    """Useful training FLOPs a token, for MFU: causal, DCTs as FFTs (a GEMM's extra work is no merit)."""
-    ledger = flops_per_sequence(model, seq_length, routed_fraction, dct_form="fft")
+    """Useful training FLOPs a token, for MFU: causal, DCTs as FFTs (a GEMM's extra work is no merit).
+
+    capacity_fraction: given, light tokens beyond it count as mixed, not attended.
+    """
+    ledger = flops_per_sequence(
+        model, seq_length, routed_fraction, dct_form="fft", capacity_fraction=capacity_fraction
+    )
     return ledger.total("training").useful / seq_length
 
 

@@ -25,6 +25,9 @@ def build_model(config: RunConfig, world: World) -> ChiarModel:
     """This process's stage of the model, weights not yet set."""
     settings = transformer_config(config.model, config.parallel, config.training.precision)
     settings.deterministic_mode = config.training.deterministic
+    if config.training.recompute == "full":
+        settings.recompute_granularity, settings.recompute_method = "full", "uniform"
+        settings.recompute_num_layers = 1
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # megatron-core's parallel layers enter the model-parallel random stream while they are built.
     seed_random_streams(config.training.seed, 0, world)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -12,9 +10,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from chiar_megatron.operators.parallel_linear import column_parallel, row_parallel
+from chiar_megatron.runtime.paths import kernels_available
+
 
 class FeedForward(MLP):
-    """Linear, GELU or SwiGLU, dropout, Linear, dropout: `[s, b, h]` to `[s, b, h]`."""
+    """Linear, GELU or SwiGLU, dropout, Linear, dropout: `[b, s, h]` to `[b, s, h]`."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(
@@ -24,26 +25,31 @@ class FeedForward(MLP):
             tp_group=tp_group,
         )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Unlike megatron-core's, returns the output with its bias added."""
-        inner, bias = self.linear_fc1(hidden_states)
-        if bias is not None:
-            inner = inner + bias
-        if self.config.gated_linear_unit:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = self.activation_func(gate) * up
-        else:
-            inner = self.activation_func(inner)
-        output, bias = self.linear_fc2(self._dropout_inner(inner))
-        if bias is not None:
-            output = output + bias
-        return F.dropout(output, self.config.hidden_dropout, self.training)
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        """Unlike megatron-core's, takes tokens batch first and returns the output with its bias added."""
+        output_BSH = row_parallel(self.linear_fc2, self._dropout_inner(self._inner(x_BSH)))
+        return F.dropout(output_BSH, self.config.hidden_dropout, self.training)
 
-    def _dropout_inner(self, inner: Tensor) -> Tensor:
+    def _inner(self, x_BSH: Tensor) -> Tensor:
+        fc1 = self.linear_fc1
+        if self.config.gated_linear_unit:
+            gate, up = column_parallel(fc1, x_BSH).chunk(2, dim=-1)
+            return self.activation_func(gate) * up  # type: ignore[no-any-return]
+        whole = self.config.tensor_model_parallel_size == 1 and fc1.bias is not None
+        if whole and kernels_available(x_BSH.device):
+            from chiar_megatron.operators.kernels.gelu import bias_gelu
+
+            product_NF = F.linear(x_BSH, fc1.weight).flatten(0, 1)
+            return bias_gelu(product_NF, fc1.bias).view(*x_BSH.shape[:2], -1)
+        return self.activation_func(column_parallel(fc1, x_BSH))  # type: ignore[no-any-return]
+
+    def _dropout_inner(self, inner_BSF: Tensor) -> Tensor:
         if not self.training or self.config.hidden_dropout == 0.0:
-            return inner
+            return inner_BSF
         # Each tensor-parallel rank holds other columns; under sequence parallelism the block has
         # forked this stream already.
-        fork = not self.config.sequence_parallel
-        with get_cuda_rng_tracker().fork() if fork else nullcontext():
-            return F.dropout(inner, self.config.hidden_dropout, True)
+        fork = self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel
+        if not fork:
+            return F.dropout(inner_BSF, self.config.hidden_dropout, True)
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(inner_BSF, self.config.hidden_dropout, True)

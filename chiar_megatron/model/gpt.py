@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
@@ -18,6 +20,7 @@ from chiar_megatron.config.schema import ModelConfig
 from chiar_megatron.model.block import block_spec
 from chiar_megatron.model.layer import ChiarLayer
 from chiar_megatron.operators.context import ForwardContext
+from chiar_megatron.runtime.paths import kernels_available
 
 
 class ChiarModel(GPTModel):
@@ -53,10 +56,19 @@ class ChiarModel(GPTModel):
         stage: hidden states `[s, b, h]`."""
         return super().forward(input_ids, None, None, labels=labels, packed_seq_params=context)
 
+    def compile_parts(self) -> None:
+        """Let training steps run layers as compiled by torch."""
+        for layer in self.chiar_layers:
+            layer.compile()
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Losses `[2, b, s]` from `logits` `[s, b, vocabulary shard]`, padding of the vocabulary excluded."""
+        labels_SB = labels.transpose(0, 1)
+        if self.config.tensor_model_parallel_size == 1:
+            assert self.model.vocab_size is not None
+            return whole_losses(logits, labels_SB, self.model.vocab_size, self.z_loss).transpose(1, 2)
+        labels_SB = labels_SB.contiguous()
         self._mask_padding(logits)
-        labels_SB = labels.transpose(0, 1).contiguous()
         # Taken first: the cross entropy below works inside the logits' memory.
         target_SB = self._target_logit(logits, labels_SB) if self.z_loss > 0.0 else None
         loss_SB = vocab_parallel_cross_entropy(logits, labels_SB)
@@ -91,3 +103,21 @@ class ChiarModel(GPTModel):
     def chiar_layers(self) -> list[ChiarLayer]:
         """The layers of this stage, in order."""
         return list(self.decoder.layers)
+
+
+def whole_losses(logits_SBV: Tensor, labels_SB: Tensor, vocab_size: int, z_loss: float) -> Tensor:
+    """Cross entropy in nats and weighted z-loss of each token, float32 `[2, s, b]`, where one process holds
+    the whole vocabulary; ids from `vocab_size` on are padding."""
+    if kernels_available(logits_SBV.device):
+        from chiar_megatron.operators.kernels.cross_entropy import cross_entropy
+
+        both = cross_entropy(logits_SBV.flatten(0, 1), labels_SB.flatten(), vocab_size, z_loss)
+        return torch.stack(both).view(2, *labels_SB.shape)
+    width = logits_SBV.shape[-1]
+    logits_NV = logits_SBV.flatten(0, 1).float()
+    if width > vocab_size:
+        is_padding_V = torch.arange(width, device=logits_NV.device) >= vocab_size
+        logits_NV = logits_NV.masked_fill(is_padding_V, -math.inf)
+    loss_N = F.cross_entropy(logits_NV, labels_SB.flatten(), reduction="none")
+    z_N = z_loss * logits_NV.logsumexp(-1).square() if z_loss > 0.0 else torch.zeros_like(loss_N)
+    return torch.stack((loss_N, z_N)).view(2, *labels_SB.shape)

@@ -6,6 +6,7 @@ post (paper): `u = N_i(x + op_i(x))`, `out = N(u + FFN(u))`; pre: `u = x + op_i(
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from chiar_megatron.config.schema import ModelConfig
 from chiar_megatron.model.feed_forward import FeedForward
 from chiar_megatron.model.rbf_operator import RBFOperator
 from chiar_megatron.operators.attention import SelfAttention
-from chiar_megatron.operators.context import ForwardContext
-from chiar_megatron.operators.norm import Norm, mark_sequence_parallel
+from chiar_megatron.operators.context import ForwardContext, sequence_shard
+from chiar_megatron.operators.norm import Norm, choose_norm, mark_sequence_parallel
+from chiar_megatron.operators.rows import TokenRows
 from chiar_megatron.operators.spectral_mixing import SpectralMixing
 from chiar_megatron.routing.decision import RouteDecision
-from chiar_megatron.routing.dispatch import dispatch_dense
+from chiar_megatron.routing.dispatch import can_skip, dispatch_dense, light_rows
 from chiar_megatron.routing.meta_router import MetaRouter
 from chiar_megatron.routing.router import blend_entropy, build_router
 from chiar_megatron.routing.statistics import RoutingStatistics
@@ -54,6 +56,9 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         self.tp_group = pg_collection.tp
         size = config.tensor_model_parallel_size
         self.sequence_shard = (get_pg_rank(pg_collection.tp), size) if config.sequence_parallel else (0, 1)
+        # Sent to another rank as it lies in memory.
+        self.exchanges = config.sequence_parallel or config.pipeline_model_parallel_size > 1
+        self.compiled: Callable[[Tensor, ForwardContext], Tensor] | None = None
         self._build_operators(pg_collection)
         self.mlp = FeedForward(config, tp_group=pg_collection.tp)
         self.pre_mlp_layernorm = Norm(config, config.hidden_size)
@@ -74,7 +79,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
             mark_sequence_parallel(self.spectral, sequence_parallel)
             self.spectral_norm = Norm(config, config.hidden_size)
         if self.kind in "AR":
-            self.self_attention = SelfAttention(config, self.layer_number, model.rotary_base, pg_collection)
+            self.self_attention = SelfAttention(config, self.layer_number, model, pg_collection)
             self.input_layernorm = Norm(config, config.hidden_size)
         if self.kind == "R":
             self.router = build_router(
@@ -89,69 +94,121 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         self, hidden_states: Tensor, packed_seq_params: ForwardContext, **unused: Any
     ) -> tuple[Tensor, None]:
         """megatron-core's layer interface: (output, context of cross attention), the latter None."""
-        x_SBH, context = hidden_states, packed_seq_params
-        if self.kind == "R":
-            u_SBH = self._routed(x_SBH, context)
-        elif self.kind == "A":
-            u_SBH = self._attention(x_SBH, context)
-        else:
-            u_SBH = self._spectral(x_SBH)
-        if self.model.norm == "post":
-            out_SBH = self.pre_mlp_layernorm(u_SBH + self.mlp(u_SBH))
-        else:
-            out_SBH = u_SBH + self.mlp(self.pre_mlp_layernorm(u_SBH))
+        # Inside, the batch comes first: one sequence's keys lie together, and rows are numbered so. From
+        # layer to layer memory stays in that order; only what ranks exchange needs the sequence first.
+        x_BSH, context = hidden_states.transpose(0, 1), packed_seq_params
+        # The compiled body is for training steps; evaluation has as many rows as there are light tokens.
+        compute: Callable[[Tensor, ForwardContext], Tensor] = self.body
+        if self.compiled is not None and self.training and context.is_plain:
+            compute = self.compiled
+        out_SBH = compute(x_BSH, context).transpose(0, 1)
         if self.meta_router is not None:
-            gate = self.meta_router(x_SBH, context).to(x_SBH.dtype)
-            out_SBH = gate * out_SBH + (1.0 - gate) * x_SBH
-        return out_SBH, None
+            gate = self.meta_router(hidden_states, context).to(out_SBH.dtype)
+            out_SBH = gate * out_SBH + (1.0 - gate) * hidden_states
+        return out_SBH.contiguous() if self.exchanges else out_SBH, None
 
-    def _routed(self, x_SBH: Tensor, context: ForwardContext) -> Tensor:
-        assert self.router is not None and self.statistics is not None
-        decision = self.router(x_SBH, context, self.sequence_shard)
-        if self.training:
-            self.statistics.add(decision)
-            x_SBH = self._regularise(x_SBH, decision, context)
-        outputs_SBH = [self._spectral(x_SBH), self._attention(x_SBH, context, decision)]
-        if self.rbf is not None:
-            outputs_SBH.append(self._residual(self.rbf_norm, x_SBH, lambda y: self.rbf(y, context)))
-        return dispatch_dense(decision, outputs_SBH)
+    def compile(self) -> None:
+        """Let training steps run the layer as compiled by torch; layers of one kind share the code."""
+        self.compiled = torch.compile(self.body, dynamic=False)
 
-    def _spectral(self, x_SBH: Tensor) -> Tensor:
-        return self._residual(self.spectral_norm, x_SBH, self.spectral)
-
-    def _attention(
-        self, x_SBH: Tensor, context: ForwardContext, decision: RouteDecision | None = None
-    ) -> Tensor:
-        light_SB = None
-        if decision is not None and self.model.router.keys_values == "routed":
-            light_SB = self._gather_light(decision)
-
-        def operator(y_SBH: Tensor) -> Tensor:
-            out_SBH = self.self_attention(y_SBH, context, light_SB)
-            if decision is not None and decision.gate_SB is not None:
-                out_SBH = out_SBH * decision.gate_SB[..., None].to(out_SBH.dtype)
-            return out_SBH  # type: ignore[no-any-return]
-
-        return self._residual(self.input_layernorm, x_SBH, operator)
-
-    def _residual(self, norm: torch.nn.Module, x_SBH: Tensor, operator: Any) -> Tensor:
+    def body(self, x_BSH: Tensor, context: ForwardContext) -> Tensor:
+        """The layer without the MetaRouter's gate."""
+        if self.kind == "R":
+            u_BSH = self._routed(x_BSH, context)
+        elif self.kind == "A":
+            u_BSH = self._residual(self.input_layernorm, x_BSH, lambda y: self.self_attention(y, context))
+        else:
+            u_BSH = self._residual(self.spectral_norm, x_BSH, self.spectral)
         if self.model.norm == "post":
-            return norm(x_SBH + operator(x_SBH))  # type: ignore[no-any-return]
-        return x_SBH + operator(norm(x_SBH))  # type: ignore[no-any-return]
+            return self.pre_mlp_layernorm(u_BSH + self.mlp(u_BSH))  # type: ignore[no-any-return]
+        return u_BSH + self.mlp(self.pre_mlp_layernorm(u_BSH))  # type: ignore[no-any-return]
 
-    def _gather_light(self, decision: RouteDecision) -> Tensor:
-        """Decisions of the whole sequence, which each rank needs to know whose keys are seen."""
-        if not self.config.sequence_parallel:
-            return decision.light_SB
-        gathered: Tensor = gather_from_sequence_parallel_region(
-            decision.light_SB.float(), tensor_parallel_output_grad=False, group=self.tp_group
+    def _routed(self, x_BSH: Tensor, context: ForwardContext) -> Tensor:
+        assert self.router is not None and self.statistics is not None
+        decision = self.router(x_BSH.transpose(0, 1), context, self.sequence_shard)
+        if can_skip(self.model.router, decision) and context.generation is None:
+            rows = self._light_rows(decision, context)
+            b, s = x_BSH.shape[0], rows.has_row_N.shape[0] // x_BSH.shape[0]
+            kept_SB = sequence_shard(rows.has_row_N.view(b, s).transpose(0, 1), *self.sequence_shard)
+            self._count(decision, kept_SB)
+            return self._skipping(x_BSH, context, decision, rows, kept_SB)
+        self._count(decision, decision.light_SB)
+        if self.training:
+            x_BSH = self._regularise(x_BSH, decision, context)
+        return self._densely(x_BSH, context, decision)
+
+    def _count(self, decision: RouteDecision, kept_SB: Tensor) -> None:
+        # A recomputed layer passes twice, only the second time with gradients.
+        if self.training and torch.is_grad_enabled() and self.statistics is not None:
+            self.statistics.add(decision, kept_SB)
+
+    def _light_rows(self, decision: RouteDecision, context: ForwardContext) -> TokenRows:
+        forced = context.forced_light_SB is not None
+        light_SB = self._whole_sequence(decision.light_SB.float()) > 0.5
+        score_SB = self._whole_sequence(decision.score_SB)
+        return light_rows(self.model.router, light_SB, score_SB, self.training, forced)
+
+    def _skipping(
+        self,
+        x_BSH: Tensor,
+        context: ForwardContext,
+        decision: RouteDecision,
+        rows: TokenRows,
+        kept_SB: Tensor,
+    ) -> Tensor:
+        """Each token through its own operator alone; kept_SB: bool, those that attention computes."""
+        light_BS = kept_SB.transpose(0, 1)
+        pre = self.model.norm == "pre"
+        routed_keys = self.model.router.keys_values == "routed"
+        attended_BSH = self.self_attention.forward_rows(
+            self.input_layernorm(x_BSH) if pre else x_BSH, rows, context, routed_keys
         )
-        return gathered > 0.5
+        if decision.gate_SB is not None:
+            attended_BSH = attended_BSH * decision.gate_SB.transpose(0, 1)[..., None].to(x_BSH.dtype)
+        own_rows = None if self.config.sequence_parallel else rows
+        mixed_BSH = self.spectral(self.spectral_norm(x_BSH) if pre else x_BSH, ~light_BS, own_rows)
+        u_BSH = x_BSH + torch.where(light_BS[..., None], attended_BSH, mixed_BSH)
+        return u_BSH if pre else choose_norm(light_BS, self.input_layernorm, self.spectral_norm, u_BSH)
 
-    def _regularise(self, x_SBH: Tensor, decision: RouteDecision, context: ForwardContext) -> Tensor:
+    def _densely(self, x_BSH: Tensor, context: ForwardContext, decision: RouteDecision) -> Tensor:
+        """Every operator for every token, then one result or a blend of them."""
+        light_BS = None
+        if self.model.router.keys_values == "routed":
+            light_BS = self._whole_sequence(decision.light_SB.float()).transpose(0, 1) > 0.5
+
+        def attention(y_BSH: Tensor) -> Tensor:
+            out_BSH = self.self_attention(y_BSH, context, light_BS)
+            if decision.gate_SB is not None:
+                out_BSH = out_BSH * decision.gate_SB.transpose(0, 1)[..., None].to(out_BSH.dtype)
+            return out_BSH  # type: ignore[no-any-return]
+
+        def rbf(y_BSH: Tensor) -> Tensor:
+            assert self.rbf is not None
+            return self.rbf(y_BSH.transpose(0, 1), context).transpose(0, 1)  # type: ignore[no-any-return]
+
+        operators = [(self.spectral_norm, self.spectral), (self.input_layernorm, attention)]
+        if self.rbf is not None:
+            operators.append((self.rbf_norm, rbf))
+        outputs_SBH = [self._residual(norm, x_BSH, op).transpose(0, 1) for norm, op in operators]
+        return dispatch_dense(decision, outputs_SBH).transpose(0, 1)
+
+    def _residual(self, norm: torch.nn.Module, x_BSH: Tensor, operator: Any) -> Tensor:
+        if self.model.norm == "post":
+            return norm(x_BSH + operator(x_BSH))  # type: ignore[no-any-return]
+        return x_BSH + operator(norm(x_BSH))  # type: ignore[no-any-return]
+
+    def _whole_sequence(self, part_SB: Tensor) -> Tensor:
+        """What each rank holds for its part of the sequence, put together (no gradient)."""
+        if not self.config.sequence_parallel:
+            return part_SB
+        return gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
+            part_SB.detach().contiguous(), tensor_parallel_output_grad=False, group=self.tp_group
+        )
+
+    def _regularise(self, x_BSH: Tensor, decision: RouteDecision, context: ForwardContext) -> Tensor:
         weight = self.model.router.collapse_weight
         if decision.weights_SBO is None or weight == 0.0:
-            return x_SBH
+            return x_BSH
 
         def sum_over_shards(total_O: Tensor) -> Tensor:
             if not self.config.sequence_parallel:
@@ -159,7 +216,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
             return reduce_from_tensor_model_parallel_region(total_O, group=self.tp_group)  # type: ignore[no-any-return]
 
         auxiliary = -weight * blend_entropy(decision.weights_SBO, sum_over_shards)
-        return AddAuxiliaryLoss.apply(x_SBH, auxiliary * context.auxiliary_scale)  # type: ignore[no-any-return,no-untyped-call]
+        return AddAuxiliaryLoss.apply(x_BSH, auxiliary * context.auxiliary_scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class AddAuxiliaryLoss(torch.autograd.Function):

@@ -96,25 +96,35 @@ class PieceCounter:
             return Rows(queries, keys, queries * keys)
         return Rows(queries, keys, queries * (keys + 1) / 2)
 
+    def attention_layer(self, layer: int) -> list[Piece]:
+        """An A layer without its feed-forward layer."""
+        useful = self.rows(self.tokens, self.tokens)
+        executed = self.rows(self.tokens, self.tokens, masked=self.model.mask_documents)
+        return self.attention(layer, executed, useful)
+
     def routed_layer(
         self, layer: int, fraction: float, rbf_fraction: float, capacity_fraction: float | None
     ) -> list[Piece]:
         """An R layer without its feed-forward layer."""
-        kind, tokens = self.model.router.kind, self.tokens
-        soft, hard = kind == "soft", kind == "hard"
-        capacity = 1.0 if capacity_fraction is None or soft else capacity_fraction
+        router, tokens = self.model.router, self.tokens
+        soft, blends = router.kind == "soft", router.kind in ("soft", "hard")
+        skips = router.dispatch == "skip" and not blends
+        capacity = capacity_fraction if skips and capacity_fraction is not None else 1.0
         light = tokens * (1.0 if soft else min(fraction, capacity))
         rbf = tokens * (1.0 if soft else rbf_fraction) if self.sizes.rbf else 0.0
-        routed_keys = self.model.router.keys_values == "routed"
-        keys_executed = tokens * capacity if routed_keys else tokens
-        executed = self.rows(tokens * capacity, keys_executed, masked=routed_keys)
-        useful = self.rows(light, light if routed_keys else tokens)
-        pieces = self.attention(layer, executed, useful, padded=capacity_fraction is not None and not soft)
-        pieces.append(self.mixing(layer, tokens if soft else tokens - light - rbf))
-        if kind in ("entropy", "entropy_gated") or soft or hard:
-            pieces.append(_piece("entropy", layer, tokens * self._dct(), training=2 if soft or hard else 1))
+        dark = tokens if soft else tokens - light - rbf
+        useful = self.rows(light, light if router.keys_values == "routed" else tokens)
+        if skips:
+            slots = light if capacity_fraction is None else tokens * capacity
+            pieces = self.attention(layer, self._with_unused_rows(useful, slots), useful, padded=True)
+        else:
+            masked = router.keys_values == "routed" or self.model.mask_documents
+            pieces = self.attention(layer, self.rows(tokens, tokens, masked), useful)
+        pieces.append(self.mixing(layer, dark if skips else tokens, dark))
+        if blends or router.kind in ("entropy", "entropy_gated"):
+            pieces.append(_piece("entropy", layer, tokens * self._dct(), training=2 if blends else 1))
         inputs = (self.sizes.h + 1) * self.sizes.operators
-        if kind in ("learned", "entropy_gated"):
+        if router.kind in ("learned", "entropy_gated"):
             inputs = self.sizes.h
         if inputs:
             pieces.append(_piece("router", layer, 2.0 * tokens * inputs))
@@ -122,11 +132,15 @@ class PieceCounter:
             pieces += self.rbf(layer, rbf)
         return pieces
 
+    def _with_unused_rows(self, used: Rows, slots: float) -> Rows:
+        """As many rows as `slots`: matrix products run over all of them, but an unused row has an empty
+        range of keys, so the attention kernel meets no further pair."""
+        keys = slots if self.model.router.keys_values == "routed" else used.keys
+        return Rows(slots, keys, used.pairs)
+
     def attention(self, layer: int, executed: Rows, useful: Rows, padded: bool = False) -> list[Piece]:
         """executed and useful rows; padded: the difference between them is capacity, not dense dispatch."""
         h, query_width, key_value_width = self.sizes.h, self.sizes.query_width, self.sizes.key_value_width
-        if self.model.mask_documents:
-            executed = replace(executed, pairs=executed.queries * executed.keys)
         costs: dict[str, Callable[[Rows], float]] = {
             "qkv": lambda rows: 2 * h * (query_width * rows.queries + key_value_width * rows.keys),
             "scores": lambda rows: 2 * query_width * rows.pairs,
@@ -140,10 +154,10 @@ class PieceCounter:
             for name, cost in costs.items()
         ]
 
-    def mixing(self, layer: int, useful_tokens: float) -> Piece:
-        """Spectral mixing, executed on all tokens."""
+    def mixing(self, layer: int, executed_tokens: float, useful_tokens: float) -> Piece:
+        """Spectral mixing."""
         transforms = 2 * self._dct()
-        return _piece("mixing", layer, self.tokens * transforms, useful_tokens * transforms, training=2)
+        return _piece("mixing", layer, executed_tokens * transforms, useful_tokens * transforms, training=2)
 
     def rbf(self, layer: int, useful_tokens: float) -> list[Piece]:
         """RBF mixing: its scores are never cut to the causal half, and backward computes them again

@@ -55,5 +55,6 @@ class RBFOperator(MegatronModule):
         positions_Q = torch.arange(first, first + phi_SBF.shape[0], device=x_SBH.device)
         documents_SB = None if context.document_ids_BS is None else context.document_ids_BS.transpose(0, 1)
         mixed_SBF = causal_rbf_mixing(phi_SBF, all_SBF, positions_Q, documents_SB)
-        out_SBH: Tensor = self.feed_forward(self.projection(mixed_SBF.to(x_SBH.dtype)))
-        return out_SBH
+        projected_SBH = self.projection(mixed_SBF.to(x_SBH.dtype))
+        out_BSH: Tensor = self.feed_forward(projected_SBH.transpose(0, 1))
+        return out_BSH.transpose(0, 1)

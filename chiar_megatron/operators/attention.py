@@ -7,7 +7,7 @@ g key-value groups, d head size; `n` and `g` are this tensor-parallel rank's.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from chiar_megatron.config.schema import ModelConfig
 from chiar_megatron.operators.context import ForwardContext, LayerCache
+from chiar_megatron.operators.parallel_linear import (
+    column_parallel,
+    enter_tensor_parallel,
+    leave_tensor_parallel,
+    row_parallel,
+)
+from chiar_megatron.operators.rotary import RotaryEmbedding, rotate, split_and_rotate
+from chiar_megatron.operators.routed_attention import routed_attention
+from chiar_megatron.operators.rows import TokenRows, put_rows, take_rows
 
 
 class SelfAttention(MegatronModule):
@@ -28,7 +38,7 @@ class SelfAttention(MegatronModule):
         self,
         config: TransformerConfig,
         layer_number: int,
-        rotary_base: float,
+        model: ModelConfig,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
@@ -38,7 +48,8 @@ class SelfAttention(MegatronModule):
         self.head_size = config.kv_channels
         self.heads = config.num_attention_heads // tensor_parallel_size
         self.groups = config.num_query_groups // tensor_parallel_size
-        self.rotary = RotaryEmbedding(config.kv_channels, rotary_base)
+        self.per_group = self.heads // self.groups
+        self.rotary = RotaryEmbedding(config.kv_channels, model.rotary_base, model.seq_length)
         query_width = config.num_attention_heads * config.kv_channels
         self.linear_qkv = ColumnParallelLinear(
             config.hidden_size,
@@ -60,56 +71,96 @@ class SelfAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, x_SBH: Tensor, context: ForwardContext, light_SB: Tensor | None = None) -> Tensor:
-        """Attention's output `[s, b, h]` (this rank's part of the sequence, as the input).
+    def forward(self, x_BSH: Tensor, context: ForwardContext, light_BS: Tensor | None = None) -> Tensor:
+        """Attention's output `[b, s, h]` (this rank's part of the sequence, as the input).
 
-        light_SB: bool over the whole sequence; given, only these tokens' keys and values are seen (and
+        light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
         each token's own, so that no row is empty).
         """
-        qkv_SBX, _ = self.linear_qkv(x_SBH)
-        query_BNSD, key_BGSD, value_BGSD = self._split_heads(qkv_SBX)
+        grouped = self._by_group(column_parallel(self.linear_qkv, x_BSH))
         offset = context.position_offset
-        query_BNSD = self.rotary(query_BNSD, offset)
-        key_BGSD = self.rotary(key_BGSD, offset)
-        light_BS = None if light_SB is None else light_SB.transpose(0, 1)
+        end = offset + grouped.shape[1]
+        positions_S = torch.arange(offset, end, device=x_BSH.device)
+        cos_S1D, sin_S1D = self.rotary(positions_S, end)
+        query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D)
+        query_BNSD = query_BSGRD.flatten(2, 3).transpose(1, 2)
+        key_BGSD, value_BGSD = key_BSGD.transpose(1, 2), value_BSGD.transpose(1, 2)
         if context.generation is not None:
             key_BGSD, value_BGSD, light_BS = self._extend_cache(key_BGSD, value_BGSD, light_BS, context)
         mask = None
         if offset > 0 or context.document_ids_BS is not None or light_BS is not None:
             mask = visible_keys(query_BNSD, key_BGSD, offset, context.document_ids_BS, light_BS)
         output_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD, mask)
-        output_SBX = output_BNSD.permute(2, 0, 1, 3).flatten(2)
-        output_SBH, _ = self.linear_proj(output_SBX)
-        return output_SBH  # type: ignore[no-any-return]
+        return row_parallel(self.linear_proj, output_BNSD.transpose(1, 2).flatten(2))
 
-    def _split_heads(self, qkv_SBX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s, b, _ = qkv_SBX.shape
-        per_group = self.heads // self.groups
-        grouped = qkv_SBX.view(s, b, self.groups, per_group + 2, self.head_size)
-        query_SBGRD, key_SBGD, value_SBGD = (
-            grouped[..., :per_group, :],
-            grouped[..., per_group, :],
-            grouped[..., per_group + 1, :],
-        )
-        query_BNSD = query_SBGRD.reshape(s, b, self.heads, self.head_size).permute(1, 2, 0, 3)
-        return query_BNSD, key_SBGD.permute(1, 2, 0, 3), value_SBGD.permute(1, 2, 0, 3)
+    def forward_rows(self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool) -> Tensor:
+        """Attention's output `[b, s, h]` for the tokens that have a row; for others it means nothing.
+
+        rows: over the whole micro-batch, also under sequence parallelism. routed: only those tokens' keys
+        and values are seen, else all tokens'. Only rows get a query, scores and the output projection.
+        """
+        full_BSH = enter_tensor_parallel(self.config, self.tp_group, x_BSH)
+        b, s, _ = full_BSH.shape
+        tokens_NH = full_BSH.flatten(0, 1)
+        rows_RH = take_rows(tokens_NH, rows)
+        key_KH = rows_RH if routed else tokens_NH
+        query_weight, query_bias = self._part_of_qkv(slice(0, self.per_group))
+        kv_weight, kv_bias = self._part_of_qkv(slice(self.per_group, self.per_group + 2))
+        query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
+        kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
+        position_R = rows.index_R % s
+        position_K = position_R if routed else torch.arange(b * s, device=x_BSH.device) % s
+        query_RND = rotate(query_RND, *self.rotary(position_R, s))
+        _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, *self.rotary(position_K, s))
+        first_R, last_R = key_ranges(rows, b, s, context.document_ids_BS, routed)
+        output_RND = self._attend_rows(query_RND, key_KGD, value_KGD, first_R, last_R)
+        partial_RH = F.linear(output_RND.flatten(1), self.linear_proj.weight)
+        partial_BSH = put_rows(partial_RH, rows).unflatten(0, (b, s))
+        out_BSH: Tensor = leave_tensor_parallel(self.config, self.tp_group, partial_BSH)
+        bias = self.linear_proj.bias
+        return out_BSH if bias is None else out_BSH + bias
+
+    def _by_group(self, qkv_BSX: Tensor) -> Tensor:
+        """Megatron's layout: for each key-value group its query heads, one key, one value."""
+        b, s, _ = qkv_BSX.shape
+        return qkv_BSX.view(b, s, self.groups, self.per_group + 2, self.head_size)
+
+    def _part_of_qkv(self, part: slice) -> tuple[Tensor, Tensor | None]:
+        """Weight `[rows, h]` and bias of the queries, or of the keys and values, of every group."""
+        shape = (self.groups, self.per_group + 2, self.head_size)
+        weight, bias = self.linear_qkv.weight, self.linear_qkv.bias
+        part_weight = weight.unflatten(0, shape)[:, part].flatten(0, 2)
+        return part_weight, None if bias is None else bias.unflatten(0, shape)[:, part].flatten()
+
+    def _attend_rows(
+        self, q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor
+    ) -> Tensor:
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if not self._drops_own_heads():
+            return routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout)
+        with get_cuda_rng_tracker().fork():
+            return routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout)
 
     def _attend(
         self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor | None
     ) -> Tensor:
-        dropout = self.config.attention_dropout if self.training else 0.0
-        # Under sequence parallelism the block has forked this stream already.
-        fork = dropout > 0.0 and not self.config.sequence_parallel
-        with get_cuda_rng_tracker().fork() if fork else nullcontext():
-            return F.scaled_dot_product_attention(
-                query_BNSD,
-                key_BGSD,
-                value_BGSD,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                enable_gqa=self.heads != self.groups,
-            )
+        attend = partial(
+            F.scaled_dot_product_attention,
+            attn_mask=mask,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            is_causal=mask is None,
+            enable_gqa=self.heads != self.groups,
+        )
+        if not self._drops_own_heads():
+            return attend(query_BNSD, key_BGSD, value_BGSD)
+        with get_cuda_rng_tracker().fork():
+            return attend(query_BNSD, key_BGSD, value_BGSD)
+
+    def _drops_own_heads(self) -> bool:
+        """Whether to drop from the stream of this tensor-parallel rank, whose heads are its own; under
+        sequence parallelism the block has entered it already."""
+        shared = self.config.tensor_model_parallel_size == 1 or self.config.sequence_parallel
+        return self.training and self.config.attention_dropout > 0.0 and not shared
 
     def _extend_cache(
         self, key_BGSD: Tensor, value_BGSD: Tensor, light_BS: Tensor | None, context: ForwardContext
@@ -135,33 +186,25 @@ class SelfAttention(MegatronModule):
         return cache.keys_BGSD[:, :, :end], cache.values_BGSD[:, :, :end], light_BS
 
 
-class RotaryEmbedding(torch.nn.Module):
-    """Rotate-half rotary positions over the whole head (RoFormer; halves as in Llama)."""
-
-    def __init__(self, head_size: int, base: float) -> None:
-        super().__init__()
-        self.head_size = head_size
-        self.base = base
-        self._cos_SD = torch.empty(0, head_size)
-        self._sin_SD = torch.empty(0, head_size)
-
-    def forward(self, x_BNSD: Tensor, offset: int) -> Tensor:
-        """Rotate `[b, n, s, d]` whose first token stands at position `offset`; same shape and dtype."""
-        end = offset + x_BNSD.shape[2]
-        if self._cos_SD.shape[0] < end or self._cos_SD.device != x_BNSD.device:
-            self._build(max(end, 2 * self._cos_SD.shape[0]), x_BNSD.device)  # generation asks token by token
-        cos_SD, sin_SD = self._cos_SD[offset:end], self._sin_SD[offset:end]
-        x = x_BNSD.float()
-        first, second = x.chunk(2, dim=-1)
-        rotated = x * cos_SD + torch.cat((-second, first), dim=-1) * sin_SD
-        return rotated.to(x_BNSD.dtype)
-
-    def _build(self, length: int, device: torch.device) -> None:
-        exponent = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=device) / self.head_size
-        frequency_D = self.base**-exponent
-        angle_SD = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency_D)
-        angle_SD = torch.cat((angle_SD, angle_SD), dim=-1)
-        self._cos_SD, self._sin_SD = angle_SD.cos(), angle_SD.sin()
+def key_ranges(
+    rows: TokenRows, b: int, s: int, document_ids_BS: Tensor | None, routed: bool
+) -> tuple[Tensor, Tensor]:
+    """First and last key that each row sees, int32 `[R]`: from the start of its sequence (or document) to
+    itself. Keys are all tokens, or with `routed` the rows. Unused rows have the range (0, -1)."""
+    tokens_N = torch.arange(b * s, device=rows.index_R.device)
+    if document_ids_BS is None:
+        start_N = tokens_N - tokens_N % s
+    else:
+        begins_BS = torch.ones_like(document_ids_BS, dtype=torch.bool)
+        begins_BS[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+        start_N = torch.where(begins_BS.flatten(), tokens_N, 0).cummax(0).values
+    first_R, last_R = start_N[rows.index_R], rows.index_R
+    if routed:
+        # The number of rows before a token is the place of the first row from it on.
+        before_N = rows.has_row_N.cumsum(0) - rows.has_row_N.long()
+        first_R, last_R = before_N[first_R], torch.arange(len(first_R), device=first_R.device)
+    first_R = torch.where(rows.valid_R, first_R, 0)
+    return first_R.int(), torch.where(rows.valid_R, last_R, -1).int()
 
 
 def visible_keys(

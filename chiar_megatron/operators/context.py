@@ -61,6 +61,12 @@ class ForwardContext(PackedSeqParams):
     generation: GenerationState | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is recorded, forced or generated: what a compiled layer is for."""
+        recorded = (self.recorded_light_SB, self.recorded_score_SB, self.recorded_entropy_SB)
+        return self.forced_light_SB is None and self.generation is None and recorded == (None, None, None)
+
+    @property
     def position_offset(self) -> int:
         """Position of this call's first token within its sequence; above 0 only in generation."""
         return 0 if self.generation is None else self.generation.length

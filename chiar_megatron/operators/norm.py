@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from chiar_megatron.runtime.device import current_device
 
@@ -34,3 +36,20 @@ class Norm:
         )
         mark_sequence_parallel(norm, config.sequence_parallel)
         return norm
+
+
+def choose_norm(choice_XY: Tensor, norm_true: Any, norm_false: Any, x_XYH: Tensor) -> Tensor:
+    """`norm_true(x)` for tokens where the choice holds, else `norm_false(x)`, normalised only once.
+
+    Both of one kind (`Norm`): they differ in scale and shift alone. Same shape and dtype as x.
+    """
+    shape, wide_XYH = norm_true.normalized_shape, x_XYH.float()
+    if isinstance(norm_true, torch.nn.RMSNorm):
+        plain_XYH = F.rms_norm(wide_XYH, shape, eps=norm_true.eps)
+    else:
+        plain_XYH = F.layer_norm(wide_XYH, shape, eps=norm_true.eps)
+    choice = choice_XY[..., None]
+    out_XYH = plain_XYH * torch.where(choice, norm_true.weight, norm_false.weight)
+    if getattr(norm_true, "bias", None) is not None:
+        out_XYH = out_XYH + torch.where(choice, norm_true.bias, norm_false.bias)
+    return out_XYH.to(x_XYH.dtype)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from chiar_megatron.operators.dct import DctForm, dct, idct, spectral_dtype
+from chiar_megatron.operators.rows import TokenRows, as_rows, from_rows, put_rows, rows_of, take_rows
+from chiar_megatron.runtime.paths import kernels_available
 
 
 def spectral_mixing(x: Tensor, w: Tensor, form: DctForm = "auto", spectrum: Tensor | None = None) -> Tensor:
@@ -62,6 +64,37 @@ class SpectralMixing(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype, device=device))
 
-    def forward(self, x: Tensor, spectrum: Tensor | None = None) -> Tensor:
-        """x: [..., h] -> [..., h] in x's dtype; spectrum as in `spectral_mixing`."""
-        return spectral_mixing(x, self.weight, spectrum=spectrum)
+    def forward(self, x: Tensor, chosen: Tensor | None = None, rows: TokenRows | None = None) -> Tensor:
+        """x: [b, s, h] -> [b, s, h] in x's dtype.
+
+        chosen: bool [b, s]; given, only these tokens are mixed, and the others give 0. rows: given where the
+        chosen are its tokens without a row, which it may have listed already. By the Triton kernel
+        on CUDA in half precision; else a CPU takes the chosen tokens out, and CUDA, whose shapes stay
+        fixed, mixes all.
+        """
+        if kernels_available(x.device) and x.dtype in (torch.bfloat16, torch.float16):
+            from chiar_megatron.operators.kernels import spectral
+
+            if spectral.factorisation(x.shape[-1]) is not None:
+                return self._by_kernel(x, chosen, rows)
+        if chosen is None:
+            return spectral_mixing(x, self.weight)
+        if x.device.type != "cpu":
+            return spectral_mixing(x, self.weight) * chosen[..., None]
+        mixed = rows_of(chosen.flatten())
+        mixed_RH = spectral_mixing(take_rows(x.flatten(0, 1), mixed), self.weight)
+        return put_rows(mixed_RH, mixed).view(x.shape)
+
+    def _by_kernel(self, x: Tensor, chosen: Tensor | None, rows: TokenRows | None) -> Tensor:
+        from chiar_megatron.operators.kernels import spectral
+
+        x_NH, swapped = as_rows(x)
+        subset = None
+        if chosen is not None:
+            chosen_N = (chosen.transpose(0, 1) if swapped else chosen).flatten()
+            if rows is not None and rows.rest_N is not None and rows.rest_count is not None and not swapped:
+                subset = spectral.Subset(rows.rest_N, rows.rest_count, chosen_N)
+            else:
+                index_R = rows_of(chosen_N, len(chosen_N)).index_R.int()
+                subset = spectral.Subset(index_R, chosen_N.sum(dtype=torch.int32)[None], chosen_N)
+        return from_rows(spectral.spectral_mixing(x_NH, self.weight, subset), x, swapped)

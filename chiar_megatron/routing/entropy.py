@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from chiar_megatron.operators.dct import DctForm, dct
+from chiar_megatron.operators.rows import as_rows, from_rows
+from chiar_megatron.runtime.paths import kernels_available
 
 EntropyMethod = Literal["one_pass", "two_pass"]
 
@@ -31,6 +33,23 @@ def spectral_entropy(
     gradient is finite everywhere, and 0 at x = 0. Not-a-number stays not-a-number.
     """
     return entropy_of_spectrum(dct(x, form), dc_power_weight, method)
+
+
+def token_entropy(x: Tensor, dc_power_weight: float) -> Tensor:
+    """`spectral_entropy` of each token without a gradient, by the Triton kernel where it runs.
+
+    x: [s, b, h]. Returns [s, b] float32. The kernel's products are of bfloat16: on Gaussian input the error
+    is at most 1e-4, and 99.85% of the decisions at the median are those of float64 (measured on one H100).
+    """
+    if kernels_available(x.device) and x.dtype in (torch.bfloat16, torch.float16):
+        from chiar_megatron.operators.kernels import spectral
+
+        if spectral.factorisation(x.shape[-1]) is not None:
+            rows_NH, swapped = as_rows(x)
+            entropy_N = spectral.spectral_entropy(rows_NH, dc_power_weight)
+            return from_rows(entropy_N, x, swapped)
+    with torch.no_grad():
+        return spectral_entropy(x, dc_power_weight)
 
 
 def entropy_of_spectrum(

@@ -56,7 +56,7 @@ class MetaRouter(torch.nn.Module):
             pooled = self._prefix_mean(x_SBH, context)
         gate = torch.sigmoid(self.gate_proj(pooled))
         self.last_gate = gate.detach().mean()
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # once where the layer is recomputed
             self._accumulate(x_SBH)
         return gate
 
@@ -78,11 +78,13 @@ class MetaRouter(torch.nn.Module):
         return pending
 
     @torch.no_grad()
-    def update_running(self, mean_H: Tensor) -> None:
-        """Take one step's global mean `[h]` into the average; called once a step, alike on every rank."""
-        decay = self.config.decay
-        self.running_mean_H.mul_(decay).add_(mean_H.to(self.running_mean_H), alpha=1.0 - decay)
-        self.running_weight.mul_(decay).add_(1.0 - decay)
+    def update_running(self, mean_H: Tensor, taken: Tensor) -> None:
+        """Take one step's global mean `[h]` into the average, unless the step was skipped (taken: bool
+        `[]`); called once a step, alike on every rank. No host synchronisation."""
+        share = torch.where(taken, 1.0 - self.config.decay, 0.0)
+        mean_H = torch.where(taken, mean_H.to(self.running_mean_H), 0.0)
+        self.running_mean_H.mul_(1.0 - share).add_(share * mean_H)
+        self.running_weight.mul_(1.0 - share).add_(share)
 
     def _batch_mean(self, x_SBH: Tensor) -> Tensor:
         sum_H = x_SBH.sum(dim=(0, 1))

@@ -16,8 +16,9 @@ from torch import Tensor
 from chiar_megatron.config.schema import RouterConfig
 from chiar_megatron.operators.context import ForwardContext, sequence_shard
 from chiar_megatron.operators.linear import Float32Linear
+from chiar_megatron.routing.balance import ThresholdController
 from chiar_megatron.routing.decision import ATTENTION, RBF, SPECTRAL, RouteDecision
-from chiar_megatron.routing.entropy import spectral_entropy
+from chiar_megatron.routing.entropy import spectral_entropy, token_entropy
 from chiar_megatron.runtime.device import current_device
 
 _BLENDING = ("soft", "hard")
@@ -37,6 +38,9 @@ class Router(torch.nn.Module, ABC):
         self.register_buffer(
             "threshold", torch.tensor(config.threshold or 0.0, dtype=torch.float32, device=current_device())
         )
+        self.controller = None
+        if config.target is not None and config.kind not in _BLENDING:
+            self.controller = ThresholdController()
 
     def forward(self, x_SBH: Tensor, context: ForwardContext, shard: tuple[int, int]) -> RouteDecision:
         """Decide for this rank's tokens; `shard` is (rank, size) of the split along the sequence.
@@ -48,9 +52,10 @@ class Router(torch.nn.Module, ABC):
             context.recorded_score_SB[self.layer_number] = decision.score_SB.detach()
         if context.recorded_entropy_SB is not None and decision.entropy_SB is not None:
             context.recorded_entropy_SB[self.layer_number] = decision.entropy_SB
-        forced = (context.forced_light_SB or {}).get(self.layer_number)
-        if forced is not None:
-            decision = self.force(decision, sequence_shard(forced, *shard))
+        # Asked in this order so that a compiled layer reads its number only where it must.
+        if context.forced_light_SB is not None and self.layer_number in context.forced_light_SB:
+            forced_SB = context.forced_light_SB[self.layer_number]
+            decision = self.force(decision, sequence_shard(forced_SB, *shard))
         if context.recorded_light_SB is not None:
             context.recorded_light_SB[self.layer_number] = decision.light_SB
         return decision
@@ -74,7 +79,7 @@ class EntropyRouter(Router):
     def decide(self, x_SBH: Tensor, context: ForwardContext, shard: tuple[int, int]) -> RouteDecision:
         """See the class."""
         with torch.no_grad():  # a threshold passes no gradient
-            entropy_SB = spectral_entropy(x_SBH, self.config.dc_power_weight)
+            entropy_SB = token_entropy(x_SBH, self.config.dc_power_weight)
         gate_SB = None if self.gate_score is None else 2.0 * torch.sigmoid(self.gate_score(x_SBH))
         return RouteDecision(entropy_SB > self.threshold, entropy_SB, entropy_SB, gate_SB)
 
@@ -113,13 +118,17 @@ class BlendRouter(Router):
         choice_SB = weights_SBO.argmax(dim=-1)
         score_SB = weights_SBO[..., ATTENTION].detach()
         if self.config.kind == "hard":
+            if not self.training and not torch.is_grad_enabled() and weights_SBO.shape[-1] == RBF:
+                # Nothing to train: a choice between two operators, each computed for its tokens alone.
+                return RouteDecision(choice_SB == ATTENTION, score_SB, entropy_SB)
             weights_SBO = _straight_through(choice_SB, weights_SBO)
         return RouteDecision(choice_SB == ATTENTION, score_SB, entropy_SB.detach(), weights_SBO=weights_SBO)
 
     def force(self, decision: RouteDecision, light_SB: Tensor) -> RouteDecision:
         """`hard` takes the forced operator (attention or spectral); `soft` has no choice to force."""
         weights_SBO = decision.weights_SBO
-        assert weights_SBO is not None
+        if weights_SBO is None:
+            return super().force(decision, light_SB)
         if self.config.kind == "hard":
             own_SB = decision.light_SB
             forced_SB = torch.where(light_SB, ATTENTION, SPECTRAL)
@@ -138,15 +147,18 @@ class RandomRouter(Router):
     the same in training, evaluation and cached generation.
     """
 
+    def __init__(self, config: RouterConfig, hidden_size: int, layer_number: int, dtype: torch.dtype) -> None:
+        super().__init__(config, hidden_size, layer_number, dtype)
+        # A tensor, so that all layers run the same compiled code.
+        self.salt = torch.tensor(layer_number * 104_729, device=current_device())
+
     def decide(self, x_SBH: Tensor, context: ForwardContext, shard: tuple[int, int]) -> RouteDecision:
         """See the class."""
         assert context.tokens_BS is not None, "the random router needs token ids"
         tokens_SB = context.tokens_BS.transpose(0, 1)
         positions_S1 = torch.arange(tokens_SB.shape[0], device=tokens_SB.device)[:, None]
         score_SB = _hash_to_unit(
-            (positions_S1 + context.position_offset) * 1_000_003
-            + tokens_SB * 7_919
-            + self.layer_number * 104_729
+            (positions_S1 + context.position_offset) * 1_000_003 + tokens_SB * 7_919 + self.salt
         )
         score_SB = sequence_shard(score_SB, *shard)
         return RouteDecision(score_SB > self.threshold, score_SB)

@@ -7,6 +7,7 @@ import os
 import torch
 
 from chiar_megatron.errors import ConfigError
+from chiar_megatron.runtime.paths import look_for_kernels, prefer_attention_backends
 
 _device = torch.device("cpu")
 
@@ -28,6 +29,8 @@ def select_device(kind: str, local_rank: int) -> torch.device:
     _device = _find_device(kind, local_rank)
     if _device.type == "cuda":
         torch.cuda.set_device(_device)
+    look_for_kernels(_device)
+    prefer_attention_backends(_device)
     return _device
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from chiar_megatron.config.mcore import ddp_config
@@ -19,15 +17,25 @@ from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.dataset import TokenBatch
 from chiar_megatron.model.build import SHARDING_METADATA, build_model
 from chiar_megatron.model.initialize import initialize_parameters
+from chiar_megatron.routing.balance import move_thresholds
 from chiar_megatron.runtime.distributed import World, seed_random_streams
+from chiar_megatron.runtime.paths import compiles
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
-from chiar_megatron.training.optimizer import LearningRate, build_optimizer, give_each_parameter_its_step
+from chiar_megatron.training.optimizer import (
+    LearningRate,
+    apply_update,
+    build_optimizer,
+    give_each_parameter_its_step,
+    gradient_norm,
+)
 from chiar_megatron.training.step import (
+    DeviceSums,
     ForwardStep,
     Requests,
     StepSums,
     meta_router_of,
     reduce_step,
+    routed_layers,
     validation_sums,
 )
 
@@ -40,6 +48,38 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     taken: bool
+
+
+class PendingStep:
+    """A step under way: its figures are copied to the host as soon as the device has them."""
+
+    def __init__(
+        self, sums: DeviceSums, grad_norm: torch.Tensor, taken: torch.Tensor, learning_rate: float
+    ) -> None:
+        self._sums, self._learning_rate = sums, learning_rate
+        figures = torch.cat((sums.packed, torch.stack((grad_norm.double(), taken.double()))))
+        self._arrived = None
+        if figures.device.type == "cuda":
+            self._figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+            self._figures.copy_(figures, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._figures = figures
+
+    def result(self) -> StepResult:
+        """Wait for the figures."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        sums = self._sums.read(self._figures[:-2])
+        grad_norm, taken = self._figures[-2:].tolist()
+        return StepResult(sums, grad_norm, self._learning_rate, taken > 0.0)
+
+
+def _finalize_gradients(models: list[torch.nn.Module], num_tokens: Any = None, **options: Any) -> None:
+    """megatron-core's, but for the division by the number of tokens: it would wait for the host and pass over
+    all gradients once more; the update divides."""
+    finalize_model_grads(models, None, **options)
 
 
 class MegatronEngine:
@@ -57,15 +97,21 @@ class MegatronEngine:
         self.world = world
         self.module = build_model(config, world)
         initialize_parameters(self.module, config.training.seed)
+        tensor_parallel_size = config.parallel.tensor_model_parallel_size
+        self.compiles = compiles(world.device, tensor_parallel_size, config.runtime.compile)
+        if self.compiles:
+            self.module.compile_parts()
         self.model = DistributedDataParallel(
             config=self.module.config, ddp_config=ddp_config(config), module=self.module
         )
         self.optimizer = build_optimizer(config, self.model)
         self.learning_rate = LearningRate(config.optimizer, self.optimizer)
-        self.module.config.finalize_model_grads_func = finalize_model_grads
+        self.module.config.finalize_model_grads_func = _finalize_gradients
         self.module.config.no_sync_func = self.model.no_sync
         self.forward_step = ForwardStep(world.device, recorder, replay)
         self.forward_backward = get_forward_backward_func()
+        # Steps that may be under way while the host judges the one before.
+        self.steps_ahead = 1 if world.device.type == "cuda" else 0
 
     def train_step(
         self, batches: Sequence[TokenBatch], step: int, requests: Callable[[], Requests] = Requests
@@ -75,6 +121,13 @@ class MegatronEngine:
         requests: asked when the work is done, so that a signal during the step counts; any rank's reach
         all in the step's one reduction.
         """
+        return self.launch_step(batches, step, requests).result()
+
+    def launch_step(
+        self, batches: Sequence[TokenBatch], step: int, requests: Callable[[], Requests] = Requests
+    ) -> PendingStep:
+        """`train_step` whose figures are not waited for: on CUDA all of it, whether the step is taken
+        included, is decided on the device, and the host may go on."""
         seed_random_streams(self.config.training.seed, step, self.world)
         learning_rate = self.learning_rate.set(step)
         self.model.train()
@@ -83,25 +136,29 @@ class MegatronEngine:
         reports = self._run(batches, forward_only=False)
         sums = reduce_step(self.module, reports, self.world, requests())
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        # Gradients are sums over tokens; nothing divides them but the update itself.
+        grad_norm = gradient_norm(self.optimizer) / sums.tokens
         # Gradients were summed over replicas and the norm over the rest: all ranks judge alike.
-        taken = math.isfinite(sums.loss) and math.isfinite(grad_norm)
-        if taken:
-            self._update(sums, grad_norm)
-        return StepResult(sums, grad_norm, learning_rate, taken)
+        taken = torch.isfinite(sums.loss) & torch.isfinite(grad_norm)
+        self._update(sums, grad_norm, taken)
+        return PendingStep(sums, grad_norm, taken, learning_rate)
 
-    def _update(self, sums: StepSums, grad_norm: float) -> None:
-        clip = self.config.optimizer.clip_grad
+    @torch.no_grad()
+    def _update(self, sums: DeviceSums, grad_norm: torch.Tensor, taken: torch.Tensor) -> None:
+        clip, factor = self.config.optimizer.clip_grad, 1.0 / sums.tokens
         if clip > 0.0:
-            for inner in self.optimizer.chained_optimizers:
-                if inner.get_parameters():
-                    megatron_optimizer.clip_grad_by_total_norm_fp32(
-                        inner.get_parameters(), max_norm=clip, total_norm=grad_norm
-                    )
-        self.optimizer.step_with_ready_grads()
+            factor = factor * (clip / (grad_norm + 1.0e-6)).clamp_max(1.0)
+        apply_update(self.optimizer, factor.float(), taken)
         meta_router = meta_router_of(self.module)
-        if meta_router is not None and sums.embedding_mean_H is not None:
-            meta_router.update_running(sums.embedding_mean_H.to(self.world.device))
+        if meta_router is not None and meta_router.config.pooling == "running":
+            meta_router.update_running(sums.embedding_mean_H, taken)
+        routers = [layer.router for layer in routed_layers(self.module) if layer.router is not None]
+        controllers = [router.controller for router in routers if router.controller is not None]
+        if controllers:
+            thresholds = [router.threshold for router in routers]
+            # Not indexed with a list, which would be copied to the device while the host waits.
+            sums_RF = torch.stack([sums.routing_LF[router.layer_number - 1] for router in routers])
+            move_thresholds(self.config.model.router, thresholds, controllers, sums_RF, taken)
 
     @torch.no_grad()
     def validation_loss(self, batches: Sequence[TokenBatch]) -> float:

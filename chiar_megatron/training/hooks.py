@@ -43,6 +43,10 @@ class Schedule:
         last = step == self.config.training.steps
         return self.config.training.eval_steps > 0 and (last or (every > 0 and step % every == 0))
 
+    def waits_for(self, step: int) -> bool:
+        """Whether a save or a validation follows this step."""
+        return self.save_due(step) or self.validation_due(step)
+
     def stop_reason(self) -> str:
         """Why the run stops, as far as this rank knows."""
         if self.signals.received is not None:

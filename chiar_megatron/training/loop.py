@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from chiar_megatron.errors import (
 from chiar_megatron.runtime.device import set_deterministic
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
-from chiar_megatron.training.engine import MegatronEngine, StepResult
+from chiar_megatron.training.engine import MegatronEngine, PendingStep, StepResult
 from chiar_megatron.training.hooks import Schedule
 from chiar_megatron.training.report import Reporter
 from chiar_megatron.training.restore import restore
@@ -100,6 +101,8 @@ class Trainer:
         self.step, self.tokens_seen = restored.step, restored.tokens_seen
         self.saved_step = self.step if self.step > 0 else None
         self.bad_in_a_row = 0
+        self.save_asked = False
+        self.under_way: deque[PendingStep] = deque()
         self.reporter = Reporter(config, world, folder.path, self.step, self.tokens_seen)
         for problem in restored.problems:
             self._warn("checkpoint_problem", problem)
@@ -112,19 +115,36 @@ class Trainer:
             self.reporter.say(f"nothing to do: {self.step} of {training.steps} steps are done")
         batches = read_ahead(self._train, self._layout(), self.step, last, self.config.data.num_workers)
         stop_reason = None
-        for step_batches in batches:
-            result = self.engine.train_step(step_batches, self.step, self.schedule.requests)
-            self.step += 1
-            self.tokens_seen += result.sums.tokens
-            self._judge(result)
-            self._report_and_validate(result)
-            self._settle(self.store.poll)
-            if result.sums.requests.stop:
-                stop_reason = self.schedule.stop_reason()
+        for step, step_batches in enumerate(batches, start=self.step):
+            self.under_way.append(self.engine.launch_step(step_batches, step, self.schedule.requests))
+            # The device works on while the host judges the step before, unless what follows this step needs
+            # the weights as they are after it.
+            waits = self.save_asked or self.bad_in_a_row > 0 or self.schedule.waits_for(step + 1)
+            while len(self.under_way) > (0 if waits else self.engine.steps_ahead):
+                stop_reason = self._settle_step(self.under_way.popleft()) or stop_reason
+            if stop_reason is not None:
                 break
-            if self.bad_in_a_row == 0 and (result.sums.requests.save or self.schedule.save_due(self.step)):
-                self._save(required=False)
+        while self.under_way:
+            self._settle_step(self.under_way.popleft())
         return self._finish(stop_reason)
+
+    def _settle_step(self, pending: PendingStep) -> str | None:
+        """Wait for a step and do what follows it; why the run stops, if it does."""
+        result = pending.result()
+        self.step += 1
+        self.tokens_seen += result.sums.tokens
+        self._judge(result)
+        self._report_and_validate(result)
+        self._settle(self.store.poll)
+        if result.sums.requests.stop:
+            return self.schedule.stop_reason()
+        # A save that another rank's clock asks for waits until nothing is under way.
+        self.save_asked |= result.sums.requests.save
+        wanted = self.save_asked or self.schedule.save_due(self.step)
+        if wanted and self.bad_in_a_row == 0 and not self.under_way:
+            self._save(required=False)
+            self.save_asked = False
+        return None
 
     @property
     def _train(self) -> TokenStream:
@@ -147,8 +167,8 @@ class Trainer:
             return
         self.bad_in_a_row += 1
         self.reporter.bad_step(self.step, result)
-        if self.bad_in_a_row < self.config.training.max_bad_steps:
-            return
+        if self.bad_in_a_row < self.config.training.max_bad_steps or self.under_way:
+            return  # what is under way may still be a good step, and is part of the weights by now
         # Weights are as before those steps, but maybe near their end: older checkpoints stay.
         self._save(required=True, delete_old=False)
         raise ChiarError(

@@ -7,18 +7,22 @@ parameters after one: training would then diverge silently (each update would ad
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from chiar_megatron.config.mcore import optimizer_config
 from chiar_megatron.config.schema import OptimizerConfig, RunConfig
 from chiar_megatron.runtime.cpu import name_parameters_as_cuda
+from chiar_megatron.runtime.device import current_device
 
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
@@ -39,14 +43,30 @@ def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> Chaine
     for inner in optimizer.chained_optimizers:
         if isinstance(inner.optimizer, torch.optim.AdamW):
             inner.init_state_fn = _init_state
+            _fuse(inner.optimizer)
             _init_state(inner.optimizer)
+        if isinstance(inner, Float16OptimizerWithFloat16Params):
+            inner._copy_main_params_to_model_params = partial(_copy_at_once, inner)
         if isinstance(inner, DistributedOptimizer) and isinstance(inner.optimizer, torch.optim.AdamW):
             _leave_step_alone(inner)
     return optimizer
 
 
+def _copy_at_once(inner: Float16OptimizerWithFloat16Params) -> None:
+    """Master weights to the model's, in few launches: without apex megatron-core copies one by one."""
+    model_data, main_data = inner._get_model_and_main_params_data_float16()
+    torch._foreach_copy_(model_data, main_data)
+
+
 def _is_one_dimensional(parameter: torch.Tensor) -> bool:
     return parameter.dim() == 1
+
+
+def _fuse(adam: torch.optim.AdamW) -> None:
+    """On CUDA: torch's fused kernel, which also scales gradients and can leave a step out, unasked by the
+    host. megatron-core builds its AdamW without it, and a load brings the flag of the checkpoint."""
+    for group in adam.param_groups:
+        group["fused"] = any(parameter.device.type == "cuda" for parameter in group["params"])
 
 
 def _init_state(adam: torch.optim.AdamW, config: Any = None) -> None:
@@ -55,7 +75,7 @@ def _init_state(adam: torch.optim.AdamW, config: Any = None) -> None:
         for parameter in group["params"]:
             if not adam.state[parameter]:
                 adam.state[parameter] = {
-                    "step": torch.tensor(0.0, dtype=torch.float32),
+                    "step": _step_count(0.0, group["fused"], parameter),
                     "exp_avg": torch.zeros_like(parameter.data),
                     "exp_avg_sq": torch.zeros_like(parameter.data),
                 }
@@ -76,9 +96,51 @@ def _leave_step_alone(inner: DistributedOptimizer) -> None:
 def give_each_parameter_its_step(optimizer: ChainedOptimizer) -> None:
     """After a load: undo megatron-core's sharing of one `step` tensor among all parameters."""
     for inner in optimizer.chained_optimizers:
-        if isinstance(inner.optimizer, torch.optim.AdamW):
-            for state in inner.optimizer.state.values():
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).detach().clone().cpu()
+        adam = inner.optimizer
+        if isinstance(adam, torch.optim.AdamW):
+            _fuse(adam)
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    state = adam.state[parameter]
+                    state["step"] = _step_count(float(state["step"]), group["fused"], parameter)
+
+
+def _step_count(value: float, fused: bool, parameter: torch.Tensor) -> torch.Tensor:
+    """The fused kernel wants it beside the parameter, the others on the host."""
+    return torch.tensor(value, dtype=torch.float32, device=parameter.device if fused else "cpu")
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: ChainedOptimizer) -> torch.Tensor:
+    """Global norm of all gradients as they lie, float32 `[]` on the device; every rank gets the same.
+
+    megatron-core's own waits for the host.
+    """
+    gradients = [g for inner in optimizer.chained_optimizers for g in inner.get_main_grads_for_grad_norm()]
+    if gradients:
+        square = torch.stack(torch._foreach_norm(gradients)).float().square().sum()
+    else:
+        square = torch.zeros((), device=current_device())
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square.sqrt()
+
+
+@torch.no_grad()
+def apply_update(optimizer: ChainedOptimizer, factor: torch.Tensor, taken: torch.Tensor) -> None:
+    """One step of AdamW with gradients times `factor` (float32 `[]`), or none at all unless `taken` (bool
+    `[]`). The fused kernel takes both from the device."""
+    for inner in optimizer.chained_optimizers:
+        adam = inner.optimizer
+        parameters = inner.get_parameters()
+        if not parameters:
+            continue
+        if adam.param_groups[0].get("fused"):
+            adam.grad_scale, adam.found_inf = 1.0 / factor, (~taken).float()
+        elif not bool(taken):
+            return
+        else:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+    optimizer.step_with_ready_grads()
 
 
 class LearningRate:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from chiar_megatron.config.load import to_dict
-from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
 from chiar_megatron.metrics.progress import ProgressLine
 from chiar_megatron.metrics.writers import MultiWriter, open_writers
 from chiar_megatron.model.accounting import model_flops_per_token, parameter_count
+from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.runtime.distributed import World
+from chiar_megatron.runtime.paths import compiles, describe_paths
 from chiar_megatron.training.engine import StepResult
+
+
+OVERFLOW_STEPS, OVERFLOW_ALARM = 50, 0.01  # mean share of light tokens without a row, over so many steps
 
 
 def describe(config: RunConfig, world: World) -> list[str]:
@@ -33,11 +39,28 @@ def describe(config: RunConfig, world: World) -> list[str]:
         f"{training.global_batch_size * model.seq_length:,} tokens a step",
     ]
     if "R" in model.schedule:
-        lines.append(f"router {model.router.kind}; dispatch is dense: both operators see every token")
+        lines.append(_routing_line(model, training))
+    lines += [f"{part}: {path} ({why})" for part, path, why in describe_paths(world.device)]
+    if compiles(world.device, parallel.tensor_model_parallel_size, config.runtime.compile):
+        lines.append("layers are compiled at the first step")
     peak = device_peak(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     if peak is not None:
         lines.append(f"MFU counts useful FLOPs against {peak}")
     return lines
+
+
+def _routing_line(model: ModelConfig, training: TrainingConfig) -> str:
+    router = model.router
+    skips = router.dispatch == "skip" and router.kind not in ("soft", "hard")
+    parts = [f"router {router.kind}"]
+    parts.append(
+        "each token computed by its operator alone" if skips else "dense: every operator sees every token"
+    )
+    if router.target is not None:
+        parts.append(f"thresholds held at a share of {router.target:g}")
+        rows = capacity_rows(router, training.micro_batch_size * model.seq_length)
+        parts.append("no capacity" if rows is None else f"{rows:,} rows of attention a micro-batch")
+    return "; ".join(parts)
 
 
 class Reporter:
@@ -51,6 +74,7 @@ class Reporter:
         self.progress = ProgressLine(config.training.steps, sys.stdout.isatty())
         self.writers: MultiWriter | None = None
         self.restarts = 0
+        self.overflow: deque[float] = deque(maxlen=OVERFLOW_STEPS)
         if world.is_main:
             self.writers = open_writers(run_dir, config.logging, step, to_dict(config))
             self.restarts = self.writers.restarts
@@ -66,6 +90,7 @@ class Reporter:
     def step(self, step: int, tokens_seen: int, result: StepResult, validation: dict[str, float]) -> None:
         """Report one finished step."""
         self.throughput.add_tokens(result.sums.tokens)
+        self._watch_overflow(step, result)
         training = self.config.training
         due = step % self.config.logging.log_interval_steps == 0 or step == training.steps or validation
         if self.writers is None or not due:
@@ -82,6 +107,7 @@ class Reporter:
             "tokens_seen": tokens_seen,
             "routed_fraction": routing.routed_fraction,
             "entropy_mean": routing.entropy_mean,
+            "overflow_fraction": routing.overflow_fraction,
             "gate": result.sums.gate,
             "bad_steps": self.bad_steps,
         }
@@ -92,6 +118,19 @@ class Reporter:
             metrics["validation"] = validation
         self.writers.log(step, metrics)
         self.progress.show({**metrics, "eta_seconds": reading.eta_seconds, "restarts": self.restarts})
+
+    def _watch_overflow(self, step: int, result: StepResult) -> None:
+        """Choosing what overflows sees the future: training is causal only while next to nothing does."""
+        self.overflow.append(max(result.sums.routing.overflow_fraction, default=0.0))
+        mean = sum(self.overflow) / len(self.overflow)
+        if len(self.overflow) < OVERFLOW_STEPS or mean <= OVERFLOW_ALARM:
+            return
+        self.event("overflow", step=step, fraction=mean)
+        self.say(
+            f"{mean:.1%} of the light tokens found no row in the last {OVERFLOW_STEPS} steps (worst layer): "
+            "raise model.router.slack"
+        )
+        self.overflow.clear()
 
     def _add_mfu(self, metrics: dict[str, Any]) -> None:
         if self.world.device.type != "cuda":

@@ -14,13 +14,15 @@ from torch import Tensor
 from chiar_megatron.data.dataset import TokenBatch
 from chiar_megatron.metrics.routing import RoutingSummary
 from chiar_megatron.model.gpt import ChiarModel
+from chiar_megatron.model.layer import ChiarLayer
 from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.routing.meta_router import MetaRouter
-from chiar_megatron.routing.statistics import FIELDS
+from chiar_megatron.routing.statistics import FIELDS, take_all
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 
 LOSS, Z_LOSS, TOKENS, STOP, SAVE = range(5)  # places of the scalars that every rank may add to
+SCALARS = SAVE + 1
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class ForwardStep:
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         """(output of this stage, function from the last stage's output to its loss)."""
         batch = next(batches)
-        tokens_BS = batch.tokens_BS.to(self.device, non_blocking=True)
-        labels_BS = batch.labels_BS.to(self.device, non_blocking=True)
-        mask_BS = batch.loss_mask_BS.to(self.device, non_blocking=True)
+        tokens_BS, labels_BS, mask_BS = (
+            self._moved(x_BS) for x_BS in (batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS)
+        )
         context = ForwardContext(tokens_BS=tokens_BS, auxiliary_scale=mask_BS.sum())
         if batch.document_ids_BS is not None:
-            context.document_ids_BS = batch.document_ids_BS.to(self.device, non_blocking=True)
+            context.document_ids_BS = self._moved(batch.document_ids_BS)
         record = self.recorder is not None and model.training
         if record:
             context.recorded_light_SB, context.recorded_score_SB = {}, {}
@@ -61,6 +63,12 @@ class ForwardStep:
         if record and self.recorder is not None:
             self.recorder.add(context, batch)
         return output, partial(_sum_loss, mask_BS)
+
+    def _moved(self, x_BS: Tensor) -> Tensor:
+        """On the device, from pinned memory: else the host would wait for all the device has yet to do."""
+        if self.device.type != "cuda":
+            return x_BS
+        return x_BS.pin_memory().to(self.device, non_blocking=True)
 
 
 def _sum_loss(mask_BS: Tensor, losses_TBS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,47 +89,87 @@ class StepSums:
     gate: float | None
     requests: Requests
     routing: RoutingSummary
-    embedding_mean_H: Tensor | None
 
 
-def reduce_step(model: ChiarModel, reports: list[Tensor], world: World, requests: Requests) -> StepSums:
-    """Sum every rank's counts in one all-reduce of about `hidden + 5·layers` numbers (float64).
+@dataclass(frozen=True)
+class DeviceSums:
+    """The same on the device, where the update needs it: one float64 tensor that all ranks hold alike."""
 
-    A number that several ranks hold alike is given by one of them.
+    packed: Tensor
+    layers: int
+    hidden_size: int
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum of the main loss over all tokens, `[]`."""
+        return self.packed[LOSS]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of the step, at least 1, `[]`."""
+        return self.packed[TOKENS].clamp_min(1.0)
+
+    @property
+    def routing_LF(self) -> Tensor:
+        """Routing counts of every layer, columns as in `statistics.FIELDS`."""
+        return self.packed[SCALARS : SCALARS + self.layers * len(FIELDS)].view(self.layers, len(FIELDS))
+
+    @property
+    def embedding_mean_H(self) -> Tensor:
+        """Mean embedding of the step (0 unless the MetaRouter's pooling is `running`)."""
+        meta = self.packed[-(self.hidden_size + 2) :]
+        return meta[:-2] / meta[-1].clamp_min(1.0)
+
+    def read(self, packed: Tensor) -> StepSums:
+        """packed: a copy of `self.packed` on the host."""
+        routing_LF = packed[SCALARS : -(self.hidden_size + 2)].view(self.layers, len(FIELDS))
+        gate_sum, meta_tokens = packed[-2:].tolist()
+        loss, z_loss, tokens, stop, save = packed[:SCALARS].tolist()
+        divisor = max(int(tokens), 1)
+        return StepSums(
+            loss=loss / divisor,
+            z_loss=z_loss / divisor,
+            tokens=int(tokens),
+            gate=gate_sum / meta_tokens if meta_tokens > 0 else None,
+            requests=Requests(stop=stop > 0.0, save=save > 0.0),
+            routing=RoutingSummary.from_sums(routing_LF),
+        )
+
+
+def reduce_step(model: ChiarModel, reports: list[Tensor], world: World, requests: Requests) -> DeviceSums:
+    """Sum every rank's counts in one all-reduce of about `hidden + 6·layers` numbers (float64).
+
+    A number that several ranks hold alike is given by one of them. No host synchronisation.
     """
     layers, hidden = model.config.num_layers, model.config.hidden_size
-    scalars = torch.zeros(SAVE + 1, dtype=torch.float64, device=world.device)
+    scalars = torch.zeros(SCALARS, dtype=torch.float64, device=world.device)
     speaks_for_copies = world.tensor_parallel_rank == 0
     if reports and world.is_last_stage and speaks_for_copies:
         scalars[: TOKENS + 1] = torch.stack(reports).sum(0)
-    scalars[STOP], scalars[SAVE] = float(requests.stop), float(requests.save)
+    scalars[STOP].fill_(float(requests.stop))
+    scalars[SAVE].fill_(float(requests.save))
     owns_part = model.config.sequence_parallel or speaks_for_copies
     sums_LF = torch.zeros(layers, len(FIELDS), dtype=torch.float64, device=world.device)
+    routed = routed_layers(model)
+    if routed:
+        taken_LF = take_all([layer.statistics for layer in routed if layer.statistics is not None])
+        if owns_part:
+            for row, layer in enumerate(routed):
+                sums_LF[layer.layer_number - 1] = taken_LF[row]
     meta = torch.zeros(hidden + 2, dtype=torch.float64, device=world.device)
-    for layer in model.chiar_layers:
-        if layer.statistics is not None:
-            taken_F = layer.statistics.take()
-            if owns_part:
-                sums_LF[layer.layer_number - 1] = taken_F
-        if layer.meta_router is not None:
-            taken = layer.meta_router.take_pending()
-            if owns_part:
-                meta = taken
+    meta_router = meta_router_of(model)
+    if meta_router is not None:
+        taken = meta_router.take_pending()
+        if owns_part:
+            meta = taken
     packed = torch.cat((scalars, sums_LF.flatten(), meta))
     dist.all_reduce(packed)
-    scalars, sums, meta = packed.cpu().split((SAVE + 1, layers * len(FIELDS), hidden + 2))
-    *_, gate_sum, meta_tokens = meta.tolist()
-    is_running = model.model.meta_router.pooling == "running"
-    tokens = max(int(scalars[TOKENS]), 1)
-    return StepSums(
-        loss=float(scalars[LOSS]) / tokens,
-        z_loss=float(scalars[Z_LOSS]) / tokens,
-        tokens=int(scalars[TOKENS]),
-        gate=gate_sum / meta_tokens if meta_tokens > 0 else None,
-        requests=Requests(stop=float(scalars[STOP]) > 0.0, save=float(scalars[SAVE]) > 0.0),
-        routing=RoutingSummary.from_sums(sums.view(layers, len(FIELDS))),
-        embedding_mean_H=meta[:-2] / meta_tokens if is_running and meta_tokens > 0 else None,
-    )
+    return DeviceSums(packed, layers, hidden)
+
+
+def routed_layers(model: ChiarModel) -> list[ChiarLayer]:
+    """The routed layers of this stage, in order."""
+    return [layer for layer in model.chiar_layers if layer.kind == "R"]
 
 
 def meta_router_of(model: ChiarModel) -> MetaRouter | None:

@@ -71,6 +71,9 @@ def train(recipe: Path, run: str, *overrides: str, expect: int = 0) -> list[dict
 def test_resume_is_bit_exact_when_deterministic(recipe: Path, precision: str, async_save: str) -> None:
     common = [f"training.precision={precision}", "training.deterministic=true"]
     common.append(f"checkpoint.async_save={async_save}")
+    # Compiling costs most of a run of a few steps: one case has it.
+    if (precision, async_save) != ("bf16", "true"):
+        common.append("runtime.compile=false")
     name = f"{precision}_{async_save}"
     whole = train(recipe, f"whole_{name}", *common)
     train(recipe, f"parts_{name}", *common, "training.exit_after_steps=3", expect=75)
@@ -83,7 +86,7 @@ def test_logits_agree_with_the_cpu(recipe: Path, router: str) -> None:
     # A threshold that nothing lies near: a token that changes sides would move logits by far more.
     threshold = ["model.router.threshold=0.5"] if router.startswith("entropy") else []
     run = recipe.parent / router
-    train(recipe, router, f"model.router.kind={router}", *threshold)
+    train(recipe, router, f"model.router.kind={router}", "runtime.compile=false", *threshold)
     logits = []
     for device in ("cpu", "cuda"):
         script = COMPARE.format(vocab=VOCAB)

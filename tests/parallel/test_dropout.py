@@ -21,7 +21,9 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def probes():
     config = CASES["learned, pre, SwiGLU, untied"]
-    config = replace(config, model=replace(config.model, dropout=0.3))
+    # Densely, so that every sequence's first token has its heads in every layer.
+    router = replace(config.model.router, dispatch="dense")
+    config = replace(config, model=replace(config.model, dropout=0.3, router=router))
     return run_ranks("tests.parallel.workers_dropout:probe", 2, {"config": config, "layouts": LAYOUTS})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,19 @@ def _give_values_of_one(model: Any) -> None:
                 parameter.view(attention.groups, -1, attention.head_size, *parameter.shape[1:])[:, -1] = value
 
 
+def _dropped(note: Any, place: str, drop: Any, inner: Tensor) -> Tensor:
+    dropped: Tensor = drop(inner)
+    note(place, dropped)
+    return dropped
+
+
+def _noted(note: Any, place: str, attend: Any, *tensors: Any) -> Tensor:
+    """Attention's heads as `[s, b, heads · d]`."""
+    out_BNSD: Tensor = attend(*tensors)
+    note(place, out_BNSD.permute(2, 0, 1, 3).flatten(2))
+    return out_BNSD
+
+
 def _watch(model: Any, seen: list[dict[str, Tensor]]) -> None:
     def note(place: str, tensor: Tensor) -> None:
         seen[-1][place] = tensor.detach().clone()
@@ -59,8 +73,7 @@ def _watch(model: Any, seen: list[dict[str, Tensor]]) -> None:
     for number, layer in enumerate(model.chiar_layers, start=1):
         layer.register_forward_hook(lambda _, args, out, n=number: note(f"layer {n}", out[0]))
         layer.mlp.register_forward_hook(lambda _, args, out, n=number: note(f"output {n}", out))
-        layer.mlp.linear_fc2.register_forward_pre_hook(lambda _, args, n=number: note(f"inner {n}", args[0]))
+        layer.mlp._dropout_inner = partial(_dropped, note, f"inner {number}", layer.mlp._dropout_inner)
         if hasattr(layer, "self_attention"):
-            layer.self_attention.linear_proj.register_forward_pre_hook(
-                lambda _, args, n=number: note(f"heads {n}", args[0])
-            )
+            attention = layer.self_attention
+            attention._attend = partial(_noted, note, f"heads {number}", attention._attend)

@@ -44,7 +44,7 @@ class Reference:
             x = y
         self.prefix = "decoder."
         head = "embedding.word_embeddings" if self.model.tie_embeddings else "output_layer"
-        return self._norm("final_layernorm", x) @ self.weights[head + ".weight"].T
+        return self._norm("final_layernorm", x) @ self.weights[head + ".weight"][: self.model.vocab_size].T
 
     def _get(self, name: str) -> Tensor | None:
         return self.weights.get(self.prefix + name)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from chiar_megatron.config.mcore import transformer_config
 from chiar_megatron.config.schema import ParallelConfig
-from chiar_megatron.operators.attention import RotaryEmbedding, SelfAttention
+from chiar_megatron.operators.attention import SelfAttention
 from chiar_megatron.operators.context import ForwardContext, GenerationState
+from chiar_megatron.operators.rotary import RotaryEmbedding, rotate
 from chiar_megatron.runtime.distributed import seed_random_streams, single_process_world
 from tests.unit.tiny_models import tiny_config
 
@@ -27,14 +28,21 @@ def build(heads: int, groups: int, head_size: int, **model: Any) -> SelfAttentio
     """Attention with random weights and biases, in evaluation mode."""
     world = single_process_world("cpu")
     sizes = dict(num_attention_heads=heads, num_query_groups=groups, kv_channels=head_size)
-    config = tiny_config(hidden_size=H, **sizes, **model)
+    config = tiny_config(hidden_size=H, rotary_base=BASE, **sizes, **model)
     seed_random_streams(1, 0, world)
     settings = transformer_config(config.model, ParallelConfig())
-    attention = SelfAttention(settings, 2, BASE, ProcessGroupCollection.use_mpu_process_groups())
+    attention = SelfAttention(settings, 2, config.model, ProcessGroupCollection.use_mpu_process_groups())
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.5)
     return attention.eval()
+
+
+def attend(
+    attention: SelfAttention, x: Tensor, context: ForwardContext, light: Tensor | None = None
+) -> Tensor:
+    """Sequence first, as the definition is written."""
+    return attention(x.transpose(0, 1), context, None if light is None else light.T).transpose(0, 1)
 
 
 def loops(
@@ -95,7 +103,7 @@ def test_agrees_with_the_definition(shape, with_light, with_documents):
     x, light, documents = random_input()
     light, documents = light if with_light else None, documents if with_documents else None
     context = ForwardContext(document_ids_BS=None if documents is None else documents.T)
-    out = attention(x, context, light)
+    out = attend(attention, x, context, light)
     expected = loops(attention, x, light, documents)
     torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-4)
 
@@ -109,7 +117,8 @@ def test_the_cache_gives_what_the_whole_sequence_does(shape, with_light, with_do
     attention = build(*shape)
     x, light, documents = random_input()
     light, documents = light if with_light else None, documents if with_documents else None
-    whole = attention(x, ForwardContext(document_ids_BS=None if documents is None else documents.T), light)
+    context = ForwardContext(document_ids_BS=None if documents is None else documents.T)
+    whole = attend(attention, x, context, light)
     state = GenerationState(capacity=S)
     parts = []
     for new in (5, 1, 1, 4, 2):
@@ -117,24 +126,25 @@ def test_the_cache_gives_what_the_whole_sequence_does(shape, with_light, with_do
         seen = None if documents is None else documents[:end].T
         context = ForwardContext(document_ids_BS=seen, generation=state)
         rows = slice(state.length, end)
-        parts.append(attention(x[rows], context, None if light is None else light[rows]))
+        parts.append(attend(attention, x[rows], context, None if light is None else light[rows]))
         state.length = end
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_rotary_positions_keep_lengths_and_depend_on_distance_alone():
-    rotary = RotaryEmbedding(8, BASE)
-    q, k = torch.randn(2, 1, 1, 1, 8).expand(-1, 1, 1, 30, 8)
-    turned_q, turned_k = rotary(q, 0)[0, 0], rotary(k, 0)[0, 0]
-    torch.testing.assert_close(turned_q.norm(dim=-1), q[0, 0].norm(dim=-1))
+    rotary = RotaryEmbedding(8, BASE, max_length=10)  # grows
+    q, k = torch.randn(2, 1, 1, 8).expand(-1, 30, 1, 8)
+    positions = torch.arange(30)
+    turned_q, turned_k = (rotate(x, *rotary(positions, 30))[:, 0] for x in (q, k))
+    torch.testing.assert_close(turned_q.norm(dim=-1), q[:, 0].norm(dim=-1))
     scores = turned_q @ turned_k.T
     for distance in (0, 3, 11):
         along = scores.diagonal(-distance)
         torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(scores.diagonal(0)[0], scores.diagonal(-3)[0], atol=1e-2)
-    assert torch.equal(rotary(q[:, :, 7:9], 7), rotary(q, 0)[:, :, 7:9])
-    assert rotary(q.bfloat16(), 0).dtype == torch.bfloat16
+    assert torch.equal(rotate(q[7:9], *rotary(positions[7:9], 9))[:, 0], turned_q[7:9])
+    assert rotate(q.bfloat16(), *rotary(positions, 30)).dtype == torch.bfloat16
 
 
 def test_gradients_are_those_of_the_definition():
@@ -146,7 +156,7 @@ def test_gradients_are_those_of_the_definition():
     direction = torch.randn(6, B, H)
     names, tensors = zip(*[("x", x), *attention.named_parameters()], strict=True)
     context = ForwardContext(document_ids_BS=documents.T)
-    ours = torch.autograd.grad((attention(x, context, light) * direction).sum(), tensors)
+    ours = torch.autograd.grad((attend(attention, x, context, light) * direction).sum(), tensors)
     theirs = torch.autograd.grad(_differentiable(attention, x, light, documents, direction), tensors)
     for name, a, b in zip(names, ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,10 +1,13 @@
-"""No token sees the future, nor another document (DESIGN, decision 4): bit for bit, dense dispatch.
+"""No token sees the future, nor another document (DESIGN, decision 4).
 
-Pooling `batch` does see the future; it shows that these tests can fail.
+Bit for bit by the dense dispatch; where rows are skipped within 1e-5 with equal decisions, since the bits of
+a CPU's matrix products depend on the number of rows. Pooling `batch` does see the future; it shows that
+these tests can fail.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +31,10 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "hard, RBF": {"kind": "hard", "operators": RBF},
     "random": {"kind": "random"},
 }
+SAME: dict[str, Callable[[Tensor, Tensor], bool]] = {
+    "dense": torch.equal,
+    "skip": lambda a, b: bool(torch.allclose(a, b, atol=1e-5, rtol=0)),
+}
 STYLES: dict[str, dict[str, Any]] = {
     "post": {},
     "pre": {"norm": "pre", "normalization": "RMSNorm", "activation": "swiglu", "num_query_groups": 2},
@@ -46,6 +53,7 @@ class Seen(NamedTuple):
 
     logits_BSV: Tensor
     scores_BSL: Tensor  # of each routed layer: one may change and flip no decision
+    light_BSL: Tensor  # their decisions
     fractions_L: Tensor  # share of light tokens
 
 
@@ -59,7 +67,10 @@ def run(model: Any, ids_BS: Tensor, documents_BS: Tensor | None = None) -> Seen:
     logits_BSV = model(ids_BS, context=context)
     assert len(light) == len(scores) == 2
     fractions_L = torch.stack([light_SB.float().mean() for light_SB in light.values()])
-    return Seen(logits_BSV, torch.stack([score_SB.T for score_SB in scores.values()], dim=-1), fractions_L)
+    scores_BSL, light_BSL = (
+        torch.stack([part_SB.T for part_SB in parts.values()], dim=-1) for parts in (scores, light)
+    )
+    return Seen(logits_BSV, scores_BSL, light_BSL, fractions_L)
 
 
 def assert_mixed(fractions: Tensor) -> None:
@@ -75,13 +86,16 @@ def with_another_future(ids_BS: Tensor, other_BS: Tensor) -> Tensor:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("pooling", ["running", "causal"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_the_future_is_not_seen(router, pooling, style):
-    model = tiny_model(tiny_config(ROUTERS[router], pooling, **STYLES[style]))
+@pytest.mark.parametrize("dispatch", SAME)
+def test_the_future_is_not_seen(dispatch, router, pooling, style):
+    same = SAME[dispatch]
+    model = tiny_model(tiny_config({**ROUTERS[router], "dispatch": dispatch}, pooling, **STYLES[style]))
     ids_BS, other_BS = random_ids()
     before, after = run(model, ids_BS), run(model, with_another_future(ids_BS, other_BS))
     assert_mixed(before.fractions_L)
-    assert torch.equal(before.logits_BSV[:, :CUT], after.logits_BSV[:, :CUT])
-    assert torch.equal(before.scores_BSL[:, :CUT], after.scores_BSL[:, :CUT])
+    assert same(before.logits_BSV[:, :CUT], after.logits_BSV[:, :CUT])
+    assert same(before.scores_BSL[:, :CUT], after.scores_BSL[:, :CUT])
+    assert torch.equal(before.light_BSL[:, :CUT], after.light_BSL[:, :CUT])
     assert (before.logits_BSV[:, CUT:] != after.logits_BSV[:, CUT:]).any(dim=-1).all()
 
 
@@ -101,14 +115,16 @@ def test_the_papers_pooling_sees_the_future(router):
     ids_BS, other_BS = random_ids()
     before, after = run(model, ids_BS), run(model, with_another_future(ids_BS, other_BS))
     assert_mixed(before.fractions_L)
-    assert not torch.equal(before.logits_BSV[:, :CUT], after.logits_BSV[:, :CUT])
+    assert not SAME["skip"](before.logits_BSV[:, :CUT], after.logits_BSV[:, :CUT])
 
 
 @pytest.mark.parametrize("pooling", ["running", "causal"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_other_documents_are_not_seen(router, pooling):
+@pytest.mark.parametrize("dispatch", SAME)
+def test_other_documents_are_not_seen(dispatch, router, pooling):
     """Neither the one before nor the one after, although their embeddings become a thousand times larger."""
-    model = tiny_model(tiny_config(ROUTERS[router], pooling))
+    same = SAME[dispatch]
+    model = tiny_model(tiny_config({**ROUTERS[router], "dispatch": dispatch}, pooling))
     with torch.no_grad():
         model.module.embedding.word_embeddings.weight[50:] *= 1000.0
     ids_BS, other_BS = random_ids()
@@ -122,8 +138,10 @@ def test_other_documents_are_not_seen(router, pooling):
     before = run(model, ids_BS, documents_BS)
     after = run(model, torch.where(middle_BS, ids_BS, other_BS), documents_BS)
     assert_mixed(before.fractions_L)
-    assert torch.equal(before.logits_BSV[middle_BS], after.logits_BSV[middle_BS])
-    assert torch.equal(before.scores_BSL[middle_BS], after.scores_BSL[middle_BS])
+    own_columns = slice(0, 50)  # the head is the embedding, whose other rows are a thousand times larger
+    assert same(before.logits_BSV[middle_BS][:, own_columns], after.logits_BSV[middle_BS][:, own_columns])
+    assert same(before.scores_BSL[middle_BS], after.scores_BSL[middle_BS])
+    assert torch.equal(before.light_BSL[middle_BS], after.light_BSL[middle_BS])
     assert (before.logits_BSV[~middle_BS] != after.logits_BSV[~middle_BS]).any(dim=-1).all()
     joined, later_BS = run(model, ids_BS), documents_BS > 0
     assert (before.logits_BSV[later_BS] != joined.logits_BSV[later_BS]).any(dim=-1).all()

@@ -234,7 +234,8 @@ def changed_everywhere() -> RunConfig:
         "preset": "17m", "schedule": "A*3", "activation": "swiglu", "norm": "pre", "normalization": "RMSNorm",
         "kind": "soft", "operators": "spectral_attention_rbf", "keys_values": "routed", "pooling": "causal",
         "precision": "bf16", "device": "cpu", "split": "1,2,3", "wandb_mode": "online",
-        "run_dir": "runs/ä: #1", "tokenizer": "123",
+        "run_dir": "runs/ä: #1", "tokenizer": "123", "capacity": "none", "dispatch": "dense",
+        "recompute": "full", "compile": True,
     }  # fmt: skip
 
     def other(path: str, field_type: object) -> object:

@@ -103,7 +103,8 @@ def test_what_the_checkpoint_and_the_report_say(models, name):
     assert report["step"] == (77 if name == "chiar_mixed_tiny" else 123)
     assert report["verification"]["logits"] < 1e-4
     assert ("_cls_head_imdb.bias" in " ".join(report["notes"])) == (name == "chiar_mixed_tiny")
-    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    padding = (128 - 97) * config.hidden_size  # rows of the vocabulary's table come in multiples of 64
+    assert report["parameters"] == sum(p.numel() for p in model.parameters()) - padding
     assert len(summary(report)) >= 3
 
 
@@ -167,7 +168,7 @@ def test_an_untied_head_is_kept(tmp_path):
     source = random_file(tmp_path / "a.pt", 32, 2, "DRA", head=head)
     model = converted(source, tmp_path / "native")
     assert not model.config.model.tie_embeddings
-    assert torch.equal(model.module.output_layer.weight, head)
+    assert torch.equal(model.module.output_layer.weight[:53], head)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -218,7 +219,7 @@ def test_training_starts_from_a_converted_checkpoint(models, tmp_path):
     with torch.no_grad():
         context = ForwardContext(tokens_BS=expected["input_ids"])
         logits = engine.module.eval()(expected["input_ids"], context)
-    assert (logits - expected["logits"]).abs().max() < 1e-4
+    assert (logits[..., :97] - expected["logits"]).abs().max() < 1e-4
 
 
 def test_a_model_that_disagrees_is_seen(models):

@@ -49,7 +49,7 @@ def test_running_reads_the_average_of_past_steps_corrected_for_its_start():
     assert_near(meta_router(embeddings(), ForwardContext()), gate_of(meta_router, torch.zeros(1, 1, H)))
     means = [torch.randn(H, dtype=torch.float64) for _ in range(4)]
     for count in range(1, 5):
-        meta_router.update_running(means[count - 1])
+        meta_router.update_running(means[count - 1], torch.tensor(True))
         weights = [(1 - decay) * decay ** (count - i) for i in range(1, count + 1)]
         average = sum(w * m for w, m in zip(weights, means, strict=False)) / (1 - decay**count)
         for x in (embeddings(1), embeddings(2)):
@@ -58,7 +58,7 @@ def test_running_reads_the_average_of_past_steps_corrected_for_its_start():
 
 def test_running_passes_gradient_to_the_gate_and_not_to_the_embeddings():
     meta_router = build("running").train()
-    meta_router.update_running(torch.ones(H))
+    meta_router.update_running(torch.ones(H), torch.tensor(True))
     x = embeddings().requires_grad_()
     meta_router(x, ForwardContext()).sum().backward()
     assert x.grad is None

@@ -229,24 +229,32 @@ def test_dropout_on_embeddings(dropping):
 def test_dropout_inside_the_feed_forward_layer_and_after_it(dropping):
     seen: dict[str, Any] = {}
     mlp = dropping.module.chiar_layers[0].mlp
-    mlp.linear_fc1.register_forward_hook(lambda _, args, out: seen.update(inner=out[0] + out[1]))
-    mlp.linear_fc2.register_forward_pre_hook(lambda _, args: seen.update(dropped=args[0]))
-    mlp.linear_fc2.register_forward_hook(lambda _, args, out: seen.update(output=out[0] + out[1]))
-    mlp.register_forward_hook(lambda _, args, out: seen.update(result=out))
+    drop = mlp._dropout_inner
+
+    def watched(inner: Tensor) -> Tensor:
+        seen.update(inner=inner, dropped=drop(inner))
+        return seen["dropped"]
+
+    mlp._dropout_inner = watched
+    mlp.register_forward_hook(lambda _, args, out: seen.update(given=args[0], result=out))
     forward(dropping, random_batch(dropping.config, b=16).tokens_BS)
-    assert_dropped(seen["dropped"], F.gelu(seen["inner"]))
-    assert_dropped(seen["result"], seen["output"])
+    fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
+    torch.testing.assert_close(seen["inner"], F.gelu(F.linear(seen["given"], fc1.weight, fc1.bias)))
+    assert_dropped(seen["dropped"], seen["inner"])
+    assert_dropped(seen["result"], F.linear(seen["dropped"], fc2.weight, fc2.bias))
 
 
 def test_dropout_on_attention_probabilities(dropping):
     """With values that are one in every component a head's output is the sum of its probabilities."""
     seen: list[Tensor] = []
     attention = dropping.module.chiar_layers[0].self_attention
+    attend = attention._attend
     with torch.no_grad():
         for parameter, value in ((attention.linear_qkv.weight, 0.0), (attention.linear_qkv.bias, 1.0)):
             parameter.view(attention.groups, -1, attention.head_size, *parameter.shape[1:])[:, -1] = value
-    attention.linear_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    attention._attend = lambda *tensors: seen.append(attend(*tensors)) or seen[-1]
     forward(dropping, random_batch(dropping.config, b=1024).tokens_BS)
-    sums = seen[0][:, :, :: attention.head_size]
-    assert float(sums.mean()) == pytest.approx(1.0, abs=0.05)
-    assert_dropped(sums[0], torch.ones_like(sums[0]))  # one key only: its probability is 1
+    sums_BNS = seen[0][..., 0]
+    assert float(sums_BNS.mean()) == pytest.approx(1.0, abs=0.05)
+    first = sums_BNS[:, :, 0]
+    assert_dropped(first, torch.ones_like(first))  # one key only: its probability is 1

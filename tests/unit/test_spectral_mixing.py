@@ -96,7 +96,23 @@ def test_module_starts_as_the_identity():
     assert torch.allclose(module(x), x, atol=1e-14)
     module.load_state_dict({"weight": w})
     assert torch.equal(module(x), spectral_mixing(x, w))
-    assert torch.allclose(module(x, spectrum=dct(x)), module(x), atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_only_chosen_tokens_are_mixed(share):
+    module = SpectralMixing(40, params_dtype=torch.float64)
+    x = torch.randn(5, 7, 40, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        module.weight.copy_(torch.randn(40))
+    chosen = torch.rand(5, 7) < share if share < 1.0 else torch.ones(5, 7, dtype=torch.bool)
+    direction = torch.randn_like(x)
+    expected = torch.where(chosen[..., None], spectral_mixing(x, module.weight), 0)
+    actual = module(x, chosen)
+    torch.testing.assert_close(actual, expected, atol=1e-14, rtol=0)
+    inputs = (x, module.weight)
+    ours = torch.autograd.grad((actual * direction).sum(), inputs)
+    theirs = torch.autograd.grad((expected * direction).sum(), inputs)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
 def test_each_token_stands_alone():

@@ -1,0 +1,45 @@
+"""`chiar <verb>`: the command line, and the only place that wires everything together.
+
+Nothing heavy is imported until a verb needs it: `chiar --help` answers at once, and the helper processes
+that checkpoint writing spawns import this package again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from chiar_megatron.cli.machine import add_machine_verbs
+from chiar_megatron.cli.models import add_model_verbs
+from chiar_megatron.cli.text import add_text_verbs
+from chiar_megatron.cli.training import add_training_verbs
+from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, ChiarError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 done, 2 bad input, 75 stopped early and resumable)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except ChiarError as error:
+        print(f"chiar: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their options."""
+    parser = argparse.ArgumentParser(prog="chiar", description="Pretrain CHIAR-Former language models.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    add_training_verbs(verbs)
+    add_text_verbs(verbs)
+    add_model_verbs(verbs)
+    add_machine_verbs(verbs)
+    return parser

@@ -1,0 +1,1 @@
+"""Triton kernels of the token operators. Nothing imports them, or triton, before a GPU path needs them."""

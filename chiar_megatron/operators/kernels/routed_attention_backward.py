@@ -1,0 +1,377 @@
+"""Gradients of `routed_attention`: a kernel per block of query rows for dq, one per block of keys for dk, dv.
+
+The kernel over keys holds scores transposed, [keys, rows]: both of its sums then take the probabilities
+as their left operand, straight from registers. To let it add its share of dq by atomic adds as well saves
+two matrix products of seven, but was slower, measured on one H100 (16 heads of 64, 2048 tokens, half of
+them rows): forward and backward 1.246 ms against 1.108 ms, and its order of summation is not fixed.
+"""
+
+# Kernels are Triton's language, not typed Python.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chiar_megatron.operators.kernels.routed_attention_tiles import (
+    inner_range,
+    kept,
+    key_range,
+    line,
+    line_descriptors,
+    load_described,
+    load_line,
+    load_tile,
+    padded_head,
+    per_row,
+    score_scale,
+    store_tile,
+    tuning_of,
+)
+
+DELTA_ROWS = 64
+NEVER = 2**31 - 1
+LN_2 = tl.constexpr(math.log(2))
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves: q, out [R, n, d]; k, v [K, g, d]; first, last [R]; lse [n, R]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    first: Tensor
+    last: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def gradients(grad: Tensor, saved: Saved, seed: Tensor | None, dropout: tuple[int, float]) -> list[Tensor]:
+    """Gradients of q, k and v for the gradient `grad` [R, n, d] of the output, contiguous.
+
+    dropout: what `dropout_numbers` says of its probability; it counts where there is a seed.
+    """
+    q, k = saved.q, saved.k
+    R, n, d = q.shape
+    saved = saved._replace(first=saved.first.contiguous(), last=saved.last.contiguous())
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    if q.numel() == 0 or k.numel() == 0:
+        return [torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk.zero_(), dv.zero_()]
+    delta = per_row(q)
+    _delta_kernel[(triton.cdiv(R, DELTA_ROWS) * n,)](
+        (grad, saved.out, delta), grad.stride()[:2], (R, n), d, DELTA_ROWS
+    )
+    numbers = (score_scale(d), *dropout)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _query_gradient(grad, saved, delta, seed, numbers, dq)
+    _key_gradient(grad, saved, delta, seed, numbers, (dk, dv))
+    return [dq, dk, dv]
+
+
+def _strides(grad: Tensor, saved: Saved) -> tuple[int, ...]:
+    tensors = (saved.q, saved.k, saved.v, grad)
+    return tuple(stride for x in tensors for stride in x.stride()[:2])
+
+
+def _query_gradient(
+    grad: Tensor, saved: Saved, delta: Tensor, seed: Tensor | None, numbers: tuple[Any, ...], dq: Tensor
+) -> None:
+    (R, n, d), g = saved.q.shape, saved.k.shape[1]
+    tuning = tuning_of("query_grad", saved.q)
+    _query_gradient_kernel[(triton.cdiv(R, tuning.block_q) * n,)](
+        (*saved[:5], grad, saved.lse, delta, seed, dq),
+        *tuning.descriptors(saved.k, saved.v, tuning.block_k),
+        _strides(grad, saved),
+        (R, n, n // g),
+        numbers,
+        **tuning.options(d),
+    )
+
+
+def _key_gradient(
+    grad: Tensor,
+    saved: Saved,
+    delta: Tensor,
+    seed: Tensor | None,
+    numbers: tuple[Any, ...],
+    out: tuple[Tensor, Tensor],
+) -> None:
+    (R, n, d), (K, g, _) = saved.q.shape, saved.k.shape
+    tuning = tuning_of("key_grad", saved.q)
+    bounds = _row_ranges(saved.first, saved.last, K, tuning.block_k)
+    tiles = tuning.descriptors(saved.q, grad, tuning.block_q)
+    lines = (None, None) if tiles[0] is None else line_descriptors(saved.lse, delta, tuning.block_q)
+    _key_gradient_kernel[(triton.cdiv(K, tuning.block_k) * g,)](
+        (*saved[:5], grad, saved.lse, delta, seed, bounds, *out),
+        *tiles,
+        *lines,
+        _strides(grad, saved),
+        (R, K, n, g),
+        numbers,
+        **tuning.options(d),
+    )
+
+
+def _row_ranges(first: Tensor, last: Tensor, K: int, block_k: int) -> Tensor:
+    """Query rows of each block of keys, int32 [5, blocks]: low, mid, mid_stop, stop, valid.
+
+    Some key of the block is seen by the rows [low, stop), all are by [mid, mid_stop); padding begins at row
+    `valid`, the same for every block. Stays on the device.
+    """
+    # Padding rows stand at the end: beyond every key, both arrays stay sorted.
+    padding = last < first
+    first, last = first.masked_fill(padding, NEVER), last.masked_fill(padding, NEVER)
+    start = torch.arange(0, K, block_k, dtype=torch.int32, device=first.device)
+    # Not cut to K: a short last block is nobody's in full, and so always masked.
+    edges = torch.stack((start, start + (block_k - 1)))
+    seen = torch.searchsorted(last, edges, out_int32=True)  # rows that end before the edge
+    begun = torch.searchsorted(first, edges, right=True, out_int32=True)  # rows that begin up to it
+    valid = (~padding).sum(dtype=torch.int32).expand(1, len(start))
+    return torch.cat((seen, begun, valid))
+
+
+@triton.jit
+def _delta_kernel(tensors, grad_strides, sizes, HEAD: tl.constexpr, ROWS: tl.constexpr):
+    """delta [n, R]: the sum of grad · out over the head, which the softmax's gradient subtracts."""
+    grad_ptr, out_ptr, delta_ptr = tensors
+    grad_row, grad_head = grad_strides
+    R, heads = sizes
+    start = tl.program_id(0) // heads * ROWS
+    head = tl.cast(tl.program_id(0) % heads, tl.int64)
+    grad = load_tile(grad_ptr + head * grad_head, start, grad_row, R, ROWS, HEAD, True)
+    out = load_tile(out_ptr + head * HEAD, start, heads * HEAD, R, ROWS, HEAD, True)
+    row = start + tl.arange(0, ROWS)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + line(head, R) + row, delta, mask=row < R)
+
+
+@triton.jit
+def _over_keys(
+    dq,
+    rows,
+    kv,
+    span,
+    numbers,
+    HEAD: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EDGE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Add to dq of one block of rows, not yet scaled, what the keys start..stop-1 give.
+
+    kv, EDGE and TMA as in the forward pass's `_attend`.
+    """
+    q, grad, lse, delta, row, first, last = rows
+    k_base, k_step, v_base, v_step = kv
+    start, inner, outer, stop = span
+    scale, seed_ptr, head, threshold, keep_scale = numbers
+    STAGES: tl.constexpr = EDGE if EDGE > 0 and not TMA else None
+    for at in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
+        if TMA:
+            k = load_described(k_base, k_step, at, BLOCK_K, HEAD)
+            v = load_described(v_base, v_step, at, BLOCK_K, HEAD)
+        else:
+            k = load_tile(k_base, at, k_step, stop, BLOCK_K, HEAD, EDGE > 0)
+            v = load_tile(v_base, at, v_step, stop, BLOCK_K, HEAD, EDGE > 0)
+        key = at + tl.arange(0, BLOCK_K)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        if EDGE > 0:
+            if not TMA or at < inner or at >= outer:
+                seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+                s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s * scale - lse[:, None])
+        if seed_ptr is not None:
+            dp = tl.where(kept(seed_ptr, head, row[:, None], key[None, :], threshold), dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _query_gradient_kernel(
+    tensors,
+    k_tiles,
+    v_tiles,
+    strides,
+    sizes,
+    numbers,
+    HEAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
+):
+    BLOCK_D: tl.constexpr = padded_head(HEAD)
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr = tensors
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
+    R, heads, group = sizes
+    scale, threshold, keep_scale = numbers
+    # In the forward pass's order: late rows first.
+    block = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
+    head = tl.cast(tl.program_id(0) % heads, tl.int64)
+    start = block * BLOCK_Q
+    row = start + tl.arange(0, BLOCK_Q)
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, row, R)
+    q = load_tile(q_ptr + head * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
+    grad = load_tile(grad_ptr + head * grad_head, start, grad_row, R, BLOCK_Q, HEAD, True)
+    lse = tl.load(lse_ptr + line(head, R) + row, mask=row < R, other=float("inf"))
+    delta = tl.load(delta_ptr + line(head, R) + row, mask=row < R, other=0.0)
+    rows = (q, grad, lse, delta, row, first, last)
+    extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
+    if k_tiles is not None:
+        kv_head = (head // group).to(tl.int32)
+        kv = (k_tiles, kv_head, v_tiles, kv_head)
+        dq = _over_keys(dq, rows, kv, (low, inner, outer, stop), extra, HEAD, BLOCK_K, 1, True)
+    else:
+        kv = (k_ptr + head // group * k_head, k_row, v_ptr + head // group * v_head, v_row)
+        span = (low, low, inner, inner)
+        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES, False)
+        span = (inner, inner, outer, outer)
+        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, 0, False)
+        span = (outer, outer, stop, stop)
+        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES, False)
+    # Padding rows may have met gradients that are no numbers.
+    dq = tl.where((first <= last)[:, None], dq * (scale * LN_2), 0.0)
+    store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)
+
+
+@triton.jit
+def load_numbers(base, row, stop, other, MASKED: tl.constexpr):
+    """One number for each of some rows; if MASKED, `other` for those from `stop` on."""
+    if MASKED:
+        numbers = tl.load(base + row, mask=row < stop, other=other)
+    else:
+        numbers = tl.load(base + row)
+    return numbers
+
+
+@triton.jit
+def _over_rows(
+    state,
+    kv,
+    inputs,
+    sums,
+    span,
+    numbers,
+    HEAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    EDGE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Add to dk (not yet scaled) and dv of one block of keys what the rows start..stop-1 of a head give.
+
+    EDGE and TMA as in `_over_keys`, only with rows. If TMA, start and BLOCK_Q are multiples of 4.
+    """
+    dk, dv = state
+    k, v, key = kv
+    q_base, q_step, grad_base, grad_step = inputs
+    lse_base, delta_base, first_ptr, last_ptr = sums
+    start, inner, outer, stop = span
+    scale, seed_ptr, head, threshold, keep_scale = numbers
+    STAGES: tl.constexpr = EDGE if EDGE > 0 and not TMA else None
+    for at in tl.range(start, stop, BLOCK_Q, num_stages=STAGES):
+        row = at + tl.arange(0, BLOCK_Q)
+        if TMA:
+            q = load_described(q_base, q_step, at, BLOCK_Q, HEAD)
+            grad = load_described(grad_base, grad_step, at, BLOCK_Q, HEAD)
+            lse = load_line(lse_base, q_step, at, BLOCK_Q)
+            delta = load_line(delta_base, q_step, at, BLOCK_Q)
+        else:
+            q = load_tile(q_base, at, q_step, stop, BLOCK_Q, HEAD, EDGE > 0)
+            grad = load_tile(grad_base, at, grad_step, stop, BLOCK_Q, HEAD, EDGE > 0)
+            lse = load_numbers(lse_base, row, stop, float("inf"), EDGE > 0)
+            delta = load_numbers(delta_base, row, stop, 0.0, EDGE > 0)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        if EDGE > 0:
+            if not TMA or at < inner or at >= outer:
+                first = load_numbers(first_ptr, row, stop, 1, not TMA)
+                last = load_numbers(last_ptr, row, stop, 0, not TMA)
+                seen = (key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :])
+                s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s * scale - lse[None, :])
+        if seed_ptr is not None:
+            keep = kept(seed_ptr, head, row[None, :], key[:, None], threshold)
+            dropped = tl.where(keep, p * keep_scale, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        else:
+            dropped = p
+        dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision="ieee")
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _key_gradient_kernel(
+    tensors,
+    q_tiles,
+    grad_tiles,
+    lse_lines,
+    delta_lines,
+    strides,
+    sizes,
+    numbers,
+    HEAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
+):
+    BLOCK_D: tl.constexpr = padded_head(HEAD)
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
+    bounds_ptr, dk_ptr, dv_ptr = tensors[9:]
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
+    R, K, heads, groups = sizes
+    scale, threshold, keep_scale = numbers
+    # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
+    blocks = tl.num_programs(0) // groups
+    block = tl.program_id(0) // groups
+    kv_head = tl.cast(tl.program_id(0) % groups, tl.int64)
+    start = block * BLOCK_K
+    key = start + tl.arange(0, BLOCK_K)
+    k = load_tile(k_ptr + kv_head * k_head, start, k_row, K, BLOCK_K, HEAD, True)
+    v = load_tile(v_ptr + kv_head * v_head, start, v_row, K, BLOCK_K, HEAD, True)
+    low = tl.load(bounds_ptr + block)
+    mid = tl.load(bounds_ptr + blocks + block)
+    mid_stop = tl.load(bounds_ptr + 2 * blocks + block)
+    stop = tl.load(bounds_ptr + 3 * blocks + block)
+    if q_tiles is not None:
+        low = low // 4 * 4  # so that the lines' pieces begin at multiples of 16 bytes
+        full = low + tl.cdiv(stop - low, BLOCK_Q) * BLOCK_Q
+        # Padding may hold anything: a tile that reaches into it comes by pointers, with masks.
+        if full > tl.load(bounds_ptr + 4 * blocks + block):
+            full = low + (stop - low) // BLOCK_Q * BLOCK_Q
+    inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_Q)
+    state = (tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_D], tl.float32))
+    kv = (k, v, key)
+    for member in tl.range(0, heads // groups):
+        head = kv_head * (heads // groups) + member
+        sums = (lse_ptr + line(head, R), delta_ptr + line(head, R), first_ptr, last_ptr)
+        extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
+        rows = (q_ptr + head * q_head, q_row, grad_ptr + head * grad_head, grad_row)
+        if q_tiles is not None:
+            head_tiles = (q_tiles, head.to(tl.int32), grad_tiles, head.to(tl.int32))
+            lines = (lse_lines, delta_lines, first_ptr, last_ptr)
+            span = (low, inner, outer, full)
+            state = _over_rows(state, kv, head_tiles, lines, span, extra, HEAD, BLOCK_Q, 1, True)
+            span = (full, full, stop, stop)
+            state = _over_rows(state, kv, rows, sums, span, extra, HEAD, BLOCK_Q, 1, False)
+        else:
+            span = (low, low, inner, inner)
+            state = _over_rows(state, kv, rows, sums, span, extra, HEAD, BLOCK_Q, EDGE_STAGES, False)
+            span = (inner, inner, outer, outer)
+            state = _over_rows(state, kv, rows, sums, span, extra, HEAD, BLOCK_Q, 0, False)
+            span = (outer, outer, stop, stop)
+            state = _over_rows(state, kv, rows, sums, span, extra, HEAD, BLOCK_Q, EDGE_STAGES, False)
+    dk, dv = state
+    dk = dk * (scale * LN_2)
+    store_tile(dk_ptr + kv_head * HEAD, start, groups * HEAD, K, dk, HEAD)
+    store_tile(dv_ptr + kv_head * HEAD, start, groups * HEAD, K, dv, HEAD)

@@ -1,0 +1,222 @@
+"""What the forward and backward kernels of `routed_attention` share: tiles, masks, block sizes.
+
+Kernels take their tensors, strides and numbers as tuples, in the order that each one unpacks first.
+"""
+
+# Kernels are Triton's language, not typed Python.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = 1.4426950408889634
+# Seven rounds of Philox pass the usual batteries; ten are its margin for cryptography's sake.
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Block sizes of one kernel: query rows and keys at a time, warps, stages of the load pipeline.
+
+    edge_stages: the same for the loops with masks, whose pipeline takes registers for their pointers.
+    tma: tiles come by the tensor memory accelerator where strides allow, in one loop that masks under a
+    branch; else by pointers, in one loop without masks between two with them.
+    """
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+    edge_stages: int = 1
+    tma: bool = False
+
+    def options(self, d: int) -> dict[str, int]:
+        """Named arguments of a kernel for head size d."""
+        return {
+            "HEAD": d,
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "EDGE_STAGES": self.edge_stages,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+    def descriptors(self, x: Tensor, y: Tensor, rows: int) -> tuple[TensorDescriptor | None, ...]:
+        """Descriptors of x and y [*, heads, d] by tiles of `rows` rows of a head, or None twice."""
+        width = int(padded_head(x.shape[-1]))
+        if not self.tma or x.element_size() > 2 or not all(map(_aligned, (x, y))):
+            return None, None
+        # Heads come first, so that a tile [1, rows, width] needs no rearrangement.
+        turned, block = (z.transpose(0, 1) for z in (x, y)), [1, rows, width]
+        return tuple(TensorDescriptor(z, list(z.shape), list(z.stride()), block) for z in turned)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read x, by its address and strides."""
+    return all(size % 16 == 0 for size in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])))
+
+
+def line_descriptors(x: Tensor, y: Tensor, rows: int) -> tuple[TensorDescriptor, ...]:
+    """Descriptors of x and y, both by `per_row`, by pieces of `rows` rows of a head."""
+    return tuple(TensorDescriptor(z, list(z.shape), list(z.stride()), [1, rows]) for z in (x, y))
+
+
+def per_row(x: Tensor) -> Tensor:
+    """Space for one number [n, R] per head and row of x [R, n, d], lines at multiples of 4 float32."""
+    R, n, _ = x.shape
+    return torch.empty(n, -(-R // 4) * 4, dtype=torch.float32, device=x.device)[:, :R]
+
+
+# By kernel and padded head size, for 16-bit inputs on Hopper.
+DEFAULTS = {
+    ("forward", 64): Tuning(64, 64, 4, 3, 2),
+    ("forward", 128): Tuning(128, 64, 8, 3),
+    ("query_grad", 64): Tuning(64, 64, 4, 3),
+    ("query_grad", 128): Tuning(128, 64, 8, 2),
+    ("key_grad", 64): Tuning(64, 64, 4, 3),
+    ("key_grad", 128): Tuning(32, 128, 8, 2),
+}
+# A sweep sets these, by kernel; they come before the defaults.
+OVERRIDES: dict[str, Tuning] = {}
+
+
+def tuning_of(kernel: str, x: Tensor) -> Tuning:
+    """Block sizes for a kernel ("forward", "query_grad", "key_grad") on x [..., d]."""
+    if kernel in OVERRIDES:
+        return OVERRIDES[kernel]
+    block_d = int(padded_head(x.shape[-1]))
+    if x.element_size() > 2:  # float32 runs without tensor cores: operands must fit registers
+        return Tuning(32, 32, 8, 1) if block_d <= 64 else Tuning(16, 16, 8, 1)
+    if block_d > 128:
+        return Tuning(32, 32, 8, 1)
+    return DEFAULTS[kernel, max(block_d, 64)]
+
+
+@triton.constexpr_function
+def padded_head(d):
+    """Head size as the kernels hold it: a power of two, 16 at least, as matrix instructions need."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def score_scale(d: int) -> float:
+    """Factor from q·k to the exponent of 2."""
+    return LOG2_E / math.sqrt(d)
+
+
+def dropout_numbers(p: float) -> tuple[int, float]:
+    """What the kernels need of a dropout probability: the threshold of `kept`, and 1/(1-p)."""
+    return round(p * 2**31), 1 / (1 - p)
+
+
+@triton.jit
+def load_tile(base, start, stride, stop, ROWS: tl.constexpr, HEAD: tl.constexpr, MASKED: tl.constexpr):
+    """Rows start.. of a matrix [*, HEAD] with padded columns; if MASKED, those from `stop` on are 0."""
+    BLOCK_D: tl.constexpr = padded_head(HEAD)
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_D)
+    # 64 bits for the tile's place only: inside the tile 32 bits do, and they stay constant in a loop.
+    pointers = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + col[None, :])
+    if MASKED:
+        mask = (row < stop - start)[:, None] & (col < HEAD)[None, :]
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif HEAD < BLOCK_D:
+        tile = tl.load(pointers, mask=(col < HEAD)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_described(descriptor, head, start, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """As `load_tile` of one head, by `Tuning.descriptors`; rows before the first and after the last are 0."""
+    return descriptor.load([head, start, 0]).reshape([ROWS, padded_head(HEAD)])
+
+
+@triton.jit
+def load_line(descriptor, head, start, ROWS: tl.constexpr):
+    """Numbers of rows start.. of one head, start a multiple of 4, by `line_descriptors`."""
+    return descriptor.load([head, start]).reshape([ROWS])
+
+
+@triton.jit
+def line(head, R):
+    """Where a head's numbers begin in the memory that `per_row` gives."""
+    return tl.cast(head, tl.int64) * (tl.cdiv(R, 4) * 4)
+
+
+@triton.jit
+def store_tile(base, start, stride, stop, tile, HEAD: tl.constexpr):
+    """Write the rows of `tile` below `stop` to rows start.. of a matrix [*, HEAD]."""
+    row = tl.arange(0, tile.shape[0])
+    col = tl.arange(0, tile.shape[1])
+    pointers = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + col[None, :])
+    mask = (row < stop - start)[:, None] & (col < HEAD)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def key_range(first_ptr, last_ptr, row, R):
+    """Ranges of the rows `row` [BLOCK_Q], and of their block: low, mid, mid_stop, stop.
+
+    Some valid row sees keys of [low, stop), all of them see [mid, mid_stop). Without a valid row both
+    are empty. Padding rows and those from R on have last < first.
+    """
+    NEVER: tl.constexpr = 2**31 - 2
+    first = tl.load(first_ptr + row, mask=row < R, other=1)
+    last = tl.load(last_ptr + row, mask=row < R, other=0)
+    valid = first <= last
+    low = tl.min(tl.where(valid, first, NEVER), 0)
+    mid = tl.max(tl.where(valid, first, -1), 0)
+    mid_stop = tl.min(tl.where(valid, last, NEVER), 0) + 1
+    stop = tl.max(tl.where(valid, last, -1), 0) + 1
+    return first, last, low, mid, mid_stop, stop
+
+
+@triton.jit
+def inner_range(low, mid, mid_stop, stop, BLOCK: tl.constexpr):
+    """Cut [low, stop) in three, at steps of BLOCK: the middle lies within [mid, mid_stop)."""
+    inner = tl.minimum(low + tl.cdiv(tl.maximum(mid - low, 0), BLOCK) * BLOCK, stop)
+    outer = inner + tl.maximum(tl.minimum(mid_stop, stop) - inner, 0) // BLOCK * BLOCK
+    return inner, outer
+
+
+@triton.jit
+def kept(seed_ptr, head, row, key, threshold):
+    """Which attention probabilities dropout keeps: a function of seed, head, row and key alone.
+
+    row and key broadcast against each other, in either order. Each has a counter word of its own, so
+    nothing overflows below 2^31 rows and keys.
+    """
+    zero = (row + key) * 0
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), row + zero, key + zero, head + zero, zero, PHILOX_ROUNDS)
+    # 31 bits, since integer arguments of kernels are signed.
+    return (word >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _kept_kernel(out_ptr, seed_ptr, K, threshold, BLOCK: tl.constexpr):
+    row, head = tl.program_id(0), tl.program_id(1)
+    for start in range(0, K, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        mask = kept(seed_ptr, head, row, key, threshold)
+        place = (tl.cast(head, tl.int64) * tl.num_programs(0) + row) * K
+        tl.store(out_ptr + place + key, mask.to(tl.int8), mask=key < K)
+
+
+def dropout_mask(seed: Tensor, R: int, n: int, K: int, p: float) -> Tensor:
+    """The kept probabilities as a mask [n, R, K], True where kept: for tests, as it is large.
+
+    seed: int64 [1], as `routed_attention` takes it.
+    """
+    kept_nRK = torch.empty(n, R, K, dtype=torch.int8, device=seed.device)
+    if kept_nRK.numel():
+        _kept_kernel[R, n](kept_nRK, seed, K, dropout_numbers(p)[0], BLOCK=64)
+    return kept_nRK.bool()

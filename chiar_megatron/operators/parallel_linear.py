@@ -1,0 +1,65 @@
+"""megatron-core's parallel linear layers, for tokens `[b, s, ...]` and for some rows of them.
+
+Where one process holds the whole matrix, the product is a plain one that torch.compile sees through.
+Under sequence parallelism tokens arrive and leave as this rank's part of the sequence.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+def column_parallel(linear: ColumnParallelLinear, x_BSH: Tensor) -> Tensor:
+    """`[b, s, in]` (a part of s under sequence parallelism) to `[b, whole s, this rank's out]`, with bias."""
+    if linear.config.tensor_model_parallel_size == 1:
+        return F.linear(x_BSH, linear.weight, linear.bias)
+    if linear.sequence_parallel:
+        out_SBX, bias = linear(x_BSH.transpose(0, 1))
+        out_BSX = out_SBX.transpose(0, 1)
+    else:
+        out_BSX, bias = linear(x_BSH)
+    return out_BSX if bias is None else out_BSX + bias  # type: ignore[no-any-return]
+
+
+def row_parallel(linear: RowParallelLinear, x_BSX: Tensor) -> Tensor:
+    """`[b, whole s, this rank's in]` to `[b, s, out]` (a part of s under sequence parallelism), with bias."""
+    if linear.config.tensor_model_parallel_size == 1:
+        return F.linear(x_BSX, linear.weight, linear.bias)
+    if linear.sequence_parallel:
+        out_SBH, bias = linear(x_BSX.transpose(0, 1))
+        out_BSH = out_SBH.transpose(0, 1)
+    else:
+        out_BSH, bias = linear(x_BSX)
+    return out_BSH if bias is None else out_BSH + bias  # type: ignore[no-any-return]
+
+
+def enter_tensor_parallel(config: TransformerConfig, group: object, x_BSH: Tensor) -> Tensor:
+    """All tokens `[b, whole s, h]` on every rank of the group, as what follows multiplies with shards:
+    gradients of the ranks are added up."""
+    if config.tensor_model_parallel_size == 1:
+        return x_BSH
+    if config.sequence_parallel:
+        gathered_SBH = gather_from_sequence_parallel_region(x_BSH.transpose(0, 1).contiguous(), group=group)
+        return gathered_SBH.transpose(0, 1)  # type: ignore[no-any-return]
+    return copy_to_tensor_model_parallel_region(x_BSH, group=group)  # type: ignore[no-any-return]
+
+
+def leave_tensor_parallel(config: TransformerConfig, group: object, partial_BSH: Tensor) -> Tensor:
+    """The sum `[b, s, h]` of every rank's product with its shard (a part of s under sequence parallelism)."""
+    if config.tensor_model_parallel_size == 1:
+        return partial_BSH
+    if config.sequence_parallel:
+        out_SBH = reduce_scatter_to_sequence_parallel_region(
+            partial_BSH.transpose(0, 1).contiguous(), group=group
+        )
+        return out_SBH.transpose(0, 1)  # type: ignore[no-any-return]
+    return reduce_from_tensor_model_parallel_region(partial_BSH, group=group)  # type: ignore[no-any-return]

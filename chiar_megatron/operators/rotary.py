@@ -1,0 +1,109 @@
+"""Rotary positions (RoFormer): rotate-half over the whole head, halves as in Llama."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chiar_megatron.runtime.device import current_device
+from chiar_megatron.runtime.paths import kernels_available
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Rotate-half rotary positions over the whole head (RoFormer; halves as in Llama)."""
+
+    def __init__(self, head_size: int, base: float, max_length: int) -> None:
+        """max_length: positions expected; later ones make the tables grow."""
+        super().__init__()
+        self.head_size = head_size
+        self.base = base
+        self._cos_SD, self._sin_SD = _rotary_tables(max_length, head_size, base, current_device())
+
+    def forward(self, positions_X: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """cos and sin `[x, 1, d/2]` float32 of positions that all lie before `end`."""
+        if self._cos_SD.shape[0] < end or self._cos_SD.device != positions_X.device:
+            length = max(end, 2 * self._cos_SD.shape[0])  # generation asks token by token
+            tables = _rotary_tables(length, self.head_size, self.base, positions_X.device)
+            self._cos_SD, self._sin_SD = tables
+        return self._cos_SD[positions_X][:, None], self._sin_SD[positions_X][:, None]
+
+
+@lru_cache(maxsize=4)
+def _rotary_tables(length: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin `[length, d/2]` float32, shared by all layers."""
+    exponent_D = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+    angle_SD = torch.outer(torch.arange(length, dtype=torch.float32, device=device), base**-exponent_D)
+    return angle_SD.cos(), angle_SD.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the halves of `[..., heads, d]` as complex numbers; same shape and dtype. Backwards by -sin.
+
+    Written as a swap of halves rather than a concatenation, which a compiler would not fuse further.
+    """
+    halves = x.float().unflatten(-1, (2, -1))
+    signed_sin = torch.stack((-sin, sin), dim=-2)
+    turned: Tensor = halves * cos[..., None, :] + halves.flip(-2) * signed_sin
+    return turned.flatten(-2).to(x.dtype)
+
+
+def split_and_rotate(grouped: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries `[..., g, r, d]`, rotated keys and plain values `[..., g, d]` from Megatron's layout
+    `[..., x, g, r + 2, d]`; cos, sin: `[x, 1, d/2]`. r may be 0."""
+    return _SplitAndRotate.apply(grouped, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def join_rotated_back(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """The gradient `[..., x, g, r + 2, d]` from those of what `split_and_rotate` returns."""
+    parts = (
+        rotate(grad_query, cos[..., None, :], -sin[..., None, :]),
+        rotate(grad_key, cos, -sin)[..., None, :],
+        grad_value[..., None, :],
+    )
+    return torch.cat(parts, dim=-2)
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    """The gradient of all three is written once, as one tensor: autograd's own would fill and add three."""
+
+    @staticmethod
+    def forward(ctx: Any, grouped: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        value = grouped[..., -1, :]
+        if _by_kernel(grouped):
+            from chiar_megatron.operators.kernels import rotary
+
+            query, key = rotary.split_and_rotate(_five(grouped), cos.squeeze(-2), sin.squeeze(-2))
+            return query.view(grouped[..., :-2, :].shape), key.view(value.shape), value.view_as(value)
+        query, key = grouped[..., :-2, :], grouped[..., -2, :]
+        rotated = rotate(query, cos[..., None, :], sin[..., None, :]), rotate(key, cos, sin)
+        return *rotated, value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        if not _by_kernel(grad_query):
+            return join_rotated_back(grad_query, grad_key, grad_value, cos, sin), None, None
+        from chiar_megatron.operators.kernels import rotary
+
+        grads = (
+            _five(grad_query),
+            _five(grad_key[..., None, :])[..., 0, :],
+            _five(grad_value[..., None, :])[..., 0, :],
+        )
+        joined = rotary.join_rotated_back(*grads, cos.squeeze(-2), sin.squeeze(-2))
+        return joined.view(*grad_query.shape[:-2], *joined.shape[-2:]), None, None
+
+
+def _by_kernel(x: Tensor) -> bool:
+    return kernels_available(x.device) and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _five(x: Tensor) -> Tensor:
+    """`[s, g, r, d]` as one sequence `[1, s, g, r, d]`."""
+    return x if x.dim() == 5 else x[None]

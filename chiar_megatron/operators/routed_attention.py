@@ -1,0 +1,74 @@
+"""Attention of some rows over ranges of keys: each query row sees the keys `first` to `last` of its own.
+
+One primitive for light queries over all tokens of their sequence (`kv: all`: first is where the sequence
+or document starts, last the query's own place) and over light tokens alone (`kv: routed`). Rows are
+sorted, so a block of queries needs keys only from its smallest `first` to its largest `last`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chiar_megatron.runtime.paths import kernels_available
+
+# Query rows that plain PyTorch handles at once: fewer waste less on masked keys, more cost fewer calls.
+QUERY_BLOCK = 128
+
+
+def routed_attention(
+    q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """Softmax attention, scaled by 1/√d, in float32 where inputs are of half precision; `[R, n, d]`.
+
+    q_RND: query rows. k_KGD, v_KGD: keys and values of all K tokens (or rows); each of g groups serves
+    n/g query heads. first_R, last_R: int, both ascending over used rows; an unused row (at the end) has
+    last < first and gives 0. By the Triton kernel on CUDA in half precision, else by plain PyTorch.
+    """
+    if kernels_available(q_RND.device) and q_RND.dtype in (torch.bfloat16, torch.float16):
+        from chiar_megatron.operators.kernels import routed_attention as kernel
+
+        # The kernel's dropout draws from its own counter; the seed comes from torch's stream.
+        seed = torch.randint(2**62, (1,), device=q_RND.device) if dropout_p > 0.0 else None
+        return kernel.routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p, seed)
+    if q_RND.device.type != "cpu":
+        return _attend(q_RND, k_KGD, v_KGD, first_R, last_R, 0, dropout_p)
+    return _by_blocks(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p)
+
+
+def _by_blocks(
+    q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor, dropout_p: float
+) -> Tensor:
+    outputs = []
+    for start in range(0, len(q_RND), QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        first_Q, last_Q = first_R[block], last_R[block]
+        used_Q = last_Q >= first_Q
+        if not bool(used_Q.any()):
+            outputs.append(torch.zeros_like(q_RND[block]))
+            continue
+        low, high = int(first_Q[used_Q].min()), int(last_Q[used_Q].max()) + 1
+        keys, values = k_KGD[low:high], v_KGD[low:high]
+        outputs.append(_attend(q_RND[block], keys, values, first_Q, last_Q, low, dropout_p))
+    return torch.cat(outputs) if outputs else torch.zeros_like(q_RND)
+
+
+def _attend(
+    q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor, low: int, dropout_p: float
+) -> Tensor:
+    """One call of torch's attention with a mask; the first key given is number `low`."""
+    key_K = torch.arange(low, low + len(k_KGD), device=q_RND.device)
+    mask_RK = (key_K >= first_R[:, None]) & (key_K <= last_R[:, None])
+    used_R = last_R >= first_R
+    # An unused row looks at one key, so that its softmax is finite, and is thrown away.
+    mask_RK = mask_RK | (~used_R[:, None] & (key_K == low))
+    out_1NRD = F.scaled_dot_product_attention(
+        q_RND.transpose(0, 1)[None],
+        k_KGD.transpose(0, 1)[None],
+        v_KGD.transpose(0, 1)[None],
+        attn_mask=mask_RK[None, None],
+        dropout_p=dropout_p,
+        enable_gqa=q_RND.shape[1] != k_KGD.shape[1],
+    )
+    return torch.where(used_R[:, None, None], out_1NRD[0].transpose(0, 1), 0)

@@ -81,7 +81,7 @@ class Savings:
     """Of measured seconds; None if nothing was measured."""
 
     def __str__(self) -> str:
-        """All three side by side; the useful share in brackets is without unused rows (dense dispatch: if it skipped)."""
+        """All three side by side; in brackets the useful share, which unused rows and dense dispatch lose."""
         time = (
             "time not measured" if self.measured_time is None else f"measured time {self.measured_time:.1%}"
         )

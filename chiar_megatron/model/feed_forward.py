@@ -11,7 +11,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from chiar_megatron.operators.parallel_linear import column_parallel, row_parallel
-from chiar_megatron.runtime.paths import kernels_available
 
 
 class FeedForward(MLP):
@@ -35,12 +34,6 @@ class FeedForward(MLP):
         if self.config.gated_linear_unit:
             gate, up = column_parallel(fc1, x_BSH).chunk(2, dim=-1)
             return self.activation_func(gate) * up  # type: ignore[no-any-return]
-        whole = self.config.tensor_model_parallel_size == 1 and fc1.bias is not None
-        if whole and kernels_available(x_BSH.device):
-            from chiar_megatron.operators.kernels.gelu import bias_gelu
-
-            product_NF = F.linear(x_BSH, fc1.weight).flatten(0, 1)
-            return bias_gelu(product_NF, fc1.bias).view(*x_BSH.shape[:2], -1)
         return self.activation_func(column_parallel(fc1, x_BSH))  # type: ignore[no-any-return]
 
     def _dropout_inner(self, inner_BSF: Tensor) -> Tensor:

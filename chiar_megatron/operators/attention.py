@@ -114,11 +114,13 @@ class SelfAttention(MegatronModule):
         _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, *self.rotary(position_K, s))
         first_R, last_R = key_ranges(rows, b, s, context.document_ids_BS, routed)
         output_RND = self._attend_rows(query_RND, key_KGD, value_KGD, first_R, last_R)
-        partial_RH = F.linear(output_RND.flatten(1), self.linear_proj.weight)
+        bias = self.linear_proj.bias
+        # Added once: to the rows, or where ranks sum their parts, after the sum.
+        own_bias = bias if self.config.tensor_model_parallel_size == 1 else None
+        partial_RH = F.linear(output_RND.flatten(1), self.linear_proj.weight, own_bias)
         partial_BSH = put_rows(partial_RH, rows).unflatten(0, (b, s))
         out_BSH: Tensor = leave_tensor_parallel(self.config, self.tp_group, partial_BSH)
-        bias = self.linear_proj.bias
-        return out_BSH if bias is None else out_BSH + bias
+        return out_BSH if bias is None or own_bias is not None else out_BSH + bias
 
     def _by_group(self, qkv_BSX: Tensor) -> Tensor:
         """Megatron's layout: for each key-value group its query heads, one key, one value."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from chiar_megatron.config.schema import RouterConfig
 from chiar_megatron.runtime.device import current_device
 
+SPREAD_DECAY = 0.9  # a step, of the running spread of scores
+_STATE = ("place", "spread", "started")
 ROW_MULTIPLE = 64  # rows come in whole tiles of the matrix products that work on them
 
 
@@ -44,17 +46,18 @@ def cut_to_capacity(light_N: Tensor, score_N: Tensor, capacity: int) -> Tensor:
 
 
 class ThresholdController(torch.nn.Module):
-    """What one layer's threshold control remembers: the layer's threshold apart, it is the last step's mean
-    score and whether there was one. Both belong to the checkpoint."""
+    """What one layer's threshold control remembers, all of it part of the checkpoint: the threshold's place
+    in standard deviations above the scores' mean, the running spread of the scores, and whether there was
+    a step yet."""
 
-    score_mean: Tensor
+    place: Tensor
+    spread: Tensor
     started: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        device = current_device()
-        self.register_buffer("score_mean", torch.zeros((), dtype=torch.float32, device=device))
-        self.register_buffer("started", torch.zeros((), dtype=torch.float32, device=device))
+        for name in ("place", "spread", "started"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=current_device()))
 
 
 @torch.no_grad()
@@ -67,9 +70,9 @@ def move_thresholds(
 ) -> None:
     """Move every layer's threshold (float32 `[]`, in place) by one step's sums over all ranks.
 
-    The first step sets it as if scores were Gaussian; then
-    `τ += (change of the scores' mean) + gain · σ · (share - ρ)`: an integrator in units of the score's
-    spread σ, with the drift of the scores fed forward.
+    `τ = mean + σ·z`, with the scores' mean of this step, their running spread σ, and the integrator
+    `z += gain · (share - ρ)`, which starts where Gaussian scores would have it. So shifts and changes of
+    scale pass straight through, and z only has to learn the distribution's shape.
 
     sums_LF: float64, columns in the order of `statistics.FIELDS`. taken: bool `[]`; False (a skipped step)
     changes nothing. All on the device, without a host synchronisation.
@@ -78,18 +81,19 @@ def move_thresholds(
     tokens_L, light_L, score_L, square_L = sums_LF[:, :4].unbind(1)
     count_L = tokens_L.clamp_min(1.0)
     mean_L = score_L / count_L
-    spread_L = (square_L / count_L - mean_L.square()).clamp_min(0.0).sqrt()
-    threshold_L = torch.stack(list(thresholds)).double()
-    last_mean_L = torch.stack([controller.score_mean for controller in controllers]).double()
-    started_L = torch.stack([controller.started for controller in controllers])
-    error_L = light_L / count_L - config.target
-    moved_L = threshold_L + (mean_L - last_mean_L) + config.controller_gain * spread_L * error_L
-    start_L = mean_L + spread_L * NormalDist().inv_cdf(1.0 - config.target)
-    wanted_L = torch.where(started_L > 0, moved_L, start_L)
+    now_L = (square_L / count_L - mean_L.square()).clamp_min(0.0).sqrt()
+    states = [[getattr(controller, name) for controller in controllers] for name in _STATE]
+    place_L, spread_L, started_L = (torch.stack(state).double() for state in states)
+    moved_L = place_L + config.controller_gain * (light_L / count_L - config.target)
+    new_place_L = torch.where(started_L > 0, moved_L, NormalDist().inv_cdf(1.0 - config.target))
+    running_L = SPREAD_DECAY * spread_L + (1.0 - SPREAD_DECAY) * now_L
+    new_spread_L = torch.where(started_L > 0, running_L, now_L)
+    wanted_L = mean_L + new_spread_L * new_place_L
     holds_L = taken & (tokens_L > 0) & torch.isfinite(wanted_L)
-    _write(thresholds, torch.where(holds_L, wanted_L, threshold_L))
-    _write([c.score_mean for c in controllers], torch.where(holds_L, mean_L, last_mean_L))
-    _write([c.started for c in controllers], torch.where(holds_L, 1.0, started_L))
+    _write(thresholds, torch.where(holds_L, wanted_L, torch.stack(list(thresholds)).double()))
+    new_states = (new_place_L, new_spread_L, torch.ones_like(started_L))
+    for state, new_L, old_L in zip(states, new_states, (place_L, spread_L, started_L), strict=True):
+        _write(state, torch.where(holds_L, new_L, old_L))
 
 
 def _write(targets: Sequence[Tensor], values_L: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from chiar_megatron.model.build import SHARDING_METADATA, build_model
 from chiar_megatron.model.initialize import initialize_parameters
 from chiar_megatron.routing.balance import move_thresholds
 from chiar_megatron.runtime.distributed import World, seed_random_streams
-from chiar_megatron.runtime.paths import compiles
+from chiar_megatron.runtime.paths import compiles, replays_steps
+from chiar_megatron.training.cuda_graph import GraphedPass, Pass, use_side_stream
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 from chiar_megatron.training.optimizer import (
     LearningRate,
@@ -76,12 +78,6 @@ class PendingStep:
         return StepResult(sums, grad_norm, self._learning_rate, taken > 0.0)
 
 
-def _finalize_gradients(models: list[torch.nn.Module], num_tokens: Any = None, **options: Any) -> None:
-    """megatron-core's, but for the division by the number of tokens: it would wait for the host and pass over
-    all gradients once more; the update divides."""
-    finalize_model_grads(models, None, **options)
-
-
 class MegatronEngine:
     """One pipeline stage of the model on this process, and how to train it."""
 
@@ -95,6 +91,10 @@ class MegatronEngine:
         """config: resolved. Weights start as a function of the seed alone, whatever the layout."""
         self.config = config
         self.world = world
+        alone = recorder is None and replay is None
+        graphed = alone and replays_steps(config, world.device)
+        if graphed:
+            use_side_stream()
         self.module = build_model(config, world)
         initialize_parameters(self.module, config.training.seed)
         tensor_parallel_size = config.parallel.tensor_model_parallel_size
@@ -106,10 +106,12 @@ class MegatronEngine:
         )
         self.optimizer = build_optimizer(config, self.model)
         self.learning_rate = LearningRate(config.optimizer, self.optimizer)
-        self.module.config.finalize_model_grads_func = _finalize_gradients
         self.module.config.no_sync_func = self.model.no_sync
         self.forward_step = ForwardStep(world.device, recorder, replay)
         self.forward_backward = get_forward_backward_func()
+        self._train_pass: Pass = partial(self._run, forward_only=False)
+        if graphed:
+            self._train_pass = GraphedPass(self._train_pass)
         # Steps that may be under way while the host judges the one before.
         self.steps_ahead = 1 if world.device.type == "cuda" else 0
 
@@ -133,7 +135,10 @@ class MegatronEngine:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._run(batches, forward_only=False)
+        reports = self._train_pass(batches)
+        # But for the division by the number of tokens, which would wait for the host and pass over all
+        # gradients once more: the update divides.
+        finalize_model_grads([self.model], None)
         sums = reduce_step(self.module, reports, self.world, requests())
         self.optimizer.prepare_grads()
         # Gradients are sums over tokens; nothing divides them but the update itself.

@@ -18,9 +18,8 @@ from chiar_megatron.metrics.writers import MultiWriter, open_writers
 from chiar_megatron.model.accounting import model_flops_per_token, parameter_count
 from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.runtime.distributed import World
-from chiar_megatron.runtime.paths import compiles, describe_paths
+from chiar_megatron.runtime.paths import compiles, describe_paths, replays_steps
 from chiar_megatron.training.engine import StepResult
-
 
 OVERFLOW_STEPS, OVERFLOW_ALARM = 50, 0.01  # mean share of light tokens without a row, over so many steps
 
@@ -43,6 +42,8 @@ def describe(config: RunConfig, world: World) -> list[str]:
     lines += [f"{part}: {path} ({why})" for part, path, why in describe_paths(world.device)]
     if compiles(world.device, parallel.tensor_model_parallel_size, config.runtime.compile):
         lines.append("layers are compiled at the first step")
+    if replays_steps(config, world.device):
+        lines.append("forward and backward are replayed as one CUDA graph from the fourth step on")
     peak = device_peak(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     if peak is not None:
         lines.append(f"MFU counts useful FLOPs against {peak}")

@@ -66,7 +66,7 @@ class ForwardStep:
 
     def _moved(self, x_BS: Tensor) -> Tensor:
         """On the device, from pinned memory: else the host would wait for all the device has yet to do."""
-        if self.device.type != "cuda":
+        if x_BS.device.type == self.device.type:
             return x_BS
         return x_BS.pin_memory().to(self.device, non_blocking=True)
 

@@ -95,3 +95,13 @@ def test_logits_agree_with_the_cpu(recipe: Path, router: str) -> None:
         subprocess.run(command, check=True, timeout=300)
         logits.append(torch.load(out))
     assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_a_run_by_the_default_paths_stops_and_goes_on(recipe: Path) -> None:
+    """Compiled layers and a replayed graph, saved between two steps that are under way one after another."""
+    common = ["model.router.target=0.5", "training.precision=bf16"]
+    common += ["training.steps=9", "training.eval_steps=2"]
+    train(recipe, "default", *common, "training.exit_after_steps=6", expect=75)
+    records = train(recipe, "default", *common)
+    assert len(records) == 9
+    assert all(0.0 < record["loss"] < 10.0 for record in records)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,13 +14,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 T, B = 2048, 2
 
 
-@pytest.fixture(autouse=True)
-def compiled_kernels():
+@pytest.fixture(autouse=True, params=[False, True], ids=["pointers", "tma"])
+def compiled_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     # The suite's conftest asks for Triton's interpreter; here the kernels must be compiled ones.
     from chiar_megatron.operators.kernels import routed_attention_tiles as tiles
 
     if type(tiles.load_tile).__name__ == "InterpretedFunction":
         pytest.skip("triton was imported with TRITON_INTERPRET=1: run tests/gpu with TRITON_INTERPRET=0")
+    defaults = {key: replace(tuning, tma=request.param) for key, tuning in tiles.DEFAULTS.items()}
+    monkeypatch.setattr(tiles, "DEFAULTS", defaults)
 
 
 def inputs(n: int, g: int, d: int, rho: float = 0.5, dtype: torch.dtype = torch.bfloat16):

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from chiar_megatron.config.schema import MetaRouterConfig, ModelConfig, RouterConfig
 from chiar_megatron.errors import ConfigError
 from chiar_megatron.model.accounting import (
-    ATTENTION_PIECES,
     flops_per_sequence,
     full_attention_twin,
     model_flops_per_token,
     parameter_count,
     savings,
 )
+from chiar_megatron.model.pieces import Flops
 from tests.unit.plain_chiar import PlainChiar
 
 SEQUENCE = 48
@@ -44,6 +44,10 @@ M400 = replace(
 
 def _routed(kind: str, operators: str = "spectral_attention", **fields: object) -> ModelConfig:
     return replace(BASE, router=RouterConfig(kind=kind, operators=operators), **fields)
+
+
+def _dense(model: ModelConfig) -> ModelConfig:
+    return replace(model, router=replace(model.router, dispatch="dense"))
 
 
 MODELS = {
@@ -96,7 +100,7 @@ def test_flops_agree_with_the_flop_counter(model):
             loss = built(ids).square().mean()
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-    ledger = flops_per_sequence(model, SEQUENCE, 0.5, causal=False, dct_form="gemm")
+    ledger = flops_per_sequence(_dense(model), SEQUENCE, 0.5, causal=False, dct_form="gemm")
     counted = forward.get_total_flops()
     assert ledger.total("forward").executed == counted
     counted += backward.get_total_flops()
@@ -130,10 +134,44 @@ def test_useful_work_of_a_routed_layer(keys_values):
 
 
 def test_dense_dispatch_executes_both_operators_for_every_token():
-    some, none = (flops_per_sequence(BASE, SEQUENCE, f).total() for f in (0.5, 0.0))
+    some, none = (flops_per_sequence(_dense(BASE), SEQUENCE, f).total() for f in (0.5, 0.0))
     assert some.executed == none.executed
     assert none.useful < some.useful < some.executed
     assert some.padded == 0
+    assert some.useful == flops_per_sequence(BASE, SEQUENCE, 0.5).total().useful
+    assert some == flops_per_sequence(_dense(BASE), SEQUENCE, 0.5, capacity_fraction=0.6).total()
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_blends_are_counted_as_dense_whatever_the_dispatch(kind):
+    model = _routed(kind)
+    assert flops_per_sequence(model, SEQUENCE, 0.25) == flops_per_sequence(_dense(model), SEQUENCE, 0.25)
+    with_capacity = flops_per_sequence(model, SEQUENCE, 0.25, capacity_fraction=0.5)
+    assert with_capacity == flops_per_sequence(model, SEQUENCE, 0.25)
+
+
+@pytest.mark.parametrize("keys_values", ["all", "routed"])
+@pytest.mark.parametrize("kind", ["entropy", "learned", "entropy_gated", "random"])
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_skipping_executes_what_is_useful(kind, keys_values, fraction, causal):
+    router = RouterConfig(kind=kind, keys_values=keys_values)
+    ledger = flops_per_sequence(replace(BASE, router=router), SEQUENCE, fraction, causal=causal)
+    for phase in ("forward", "training"):
+        total = ledger.total(phase)
+        assert total.executed == pytest.approx(total.useful)
+        assert total.padded == 0
+    entropies = ledger.total("forward", names=["entropy"])
+    computes = kind in ("entropy", "entropy_gated")
+    assert entropies.executed == (2 * SEQUENCE * 2 * BASE.hidden_size**2 if computes else 0)
+
+
+def test_all_light_and_all_dark_are_the_layers_of_one_operator():
+    for fraction, schedule in ((1.0, "D A A A"), (0.0, "D D D A")):
+        skipping = flops_per_sequence(_routed("random"), SEQUENCE, fraction)
+        pure = flops_per_sequence(replace(BASE, schedule=schedule), SEQUENCE, [])
+        extra = 0 if fraction else 2 * 2 * SEQUENCE * BASE.hidden_size * 2 * BASE.hidden_size  # keys, values
+        assert skipping.total("forward").executed == pytest.approx(pure.total("forward").executed + extra)
 
 
 def test_soft_routers_need_everything():
@@ -153,22 +191,37 @@ def test_a_third_operator_takes_its_share_from_spectral_mixing():
     assert unused.total(names=["rbf_features", "rbf_mixing", "rbf_feed_forward"]).useful == 0
 
 
-def test_capacity_splits_into_useful_and_padded():
-    ledger = flops_per_sequence(BASE, SEQUENCE, 0.5, capacity_fraction=0.6)
-    attention = ledger.total(layer=2, names=ATTENTION_PIECES)
-    assert attention.executed == pytest.approx(attention.useful + attention.padded)
-    dense = flops_per_sequence(BASE, SEQUENCE, 0.5)
-    assert ledger.total(layer=2, names=["scores"]).executed == pytest.approx(
-        0.6 * dense.total(layer=2, names=["scores"]).executed
-    )
-    assert ledger.total(layer=2, names=["scores"]).padded == pytest.approx(
-        0.1 * dense.total(layer=2, names=["scores"]).executed
-    )
-    assert ledger.total().useful == pytest.approx(dense.total().useful)
-    assert ledger.total(layer=4) == dense.total(layer=4)
+@pytest.mark.parametrize("keys_values", ["all", "routed"])
+def test_unused_rows_are_padding_in_matrix_products_alone(keys_values):
+    model = replace(BASE, router=RouterConfig(keys_values=keys_values))
+    h, exact = BASE.hidden_size, flops_per_sequence(model, SEQUENCE, 0.5)
+    ledger = flops_per_sequence(model, SEQUENCE, 0.5, capacity_fraction=0.75)
+
+    def forward(name: str) -> Flops:
+        return ledger.total("forward", layer=2, names=[name])
+
+    unused = SEQUENCE / 4
+    width = 3 * h if keys_values == "routed" else h  # queries, and keys and values of rows alone
+    assert forward("qkv").padded == pytest.approx(2 * h * width * unused)
+    assert forward("output_projection").padded == pytest.approx(2 * h * h * unused)
+    for name in ("scores", "values", "mixing"):
+        assert forward(name) == exact.total("forward", layer=2, names=[name])
+        assert forward(name).padded == 0
+    total = ledger.total()
+    assert total.executed == pytest.approx(total.useful + total.padded)
+    assert total.useful == pytest.approx(exact.total().useful)
+    padded = forward("qkv").padded + forward("output_projection").padded
+    assert total.padded == pytest.approx(3 * 2 * padded)  # forward and backward, two layers
+    assert ledger.total(layer=4) == exact.total(layer=4)
+
+
+def test_tokens_without_a_row_are_mixed():
     overflowing = flops_per_sequence(BASE, SEQUENCE, 0.9, capacity_fraction=0.6)
-    assert overflowing.total().padded == pytest.approx(0)
-    assert overflowing.total().useful == flops_per_sequence(BASE, SEQUENCE, 0.6).total().useful
+    assert overflowing.total() == flops_per_sequence(BASE, SEQUENCE, 0.6).total()
+    mixing = overflowing.total("forward", layer=2, names=["mixing"])
+    assert mixing.executed == pytest.approx(0.4 * SEQUENCE * 2 * 2 * BASE.hidden_size**2)
+    per_token = (model_flops_per_token(BASE, SEQUENCE, 0.9, c) for c in (0.6, 1.0))
+    assert list(per_token) == [model_flops_per_token(BASE, SEQUENCE, f) for f in (0.6, 0.9)]
 
 
 def test_causal_half_and_masks():
@@ -180,9 +233,23 @@ def test_causal_half_and_masks():
     assert half / full == pytest.approx(_brute_force_pairs(SEQUENCE, 1, False) / SEQUENCE**2)
     masked = flops_per_sequence(replace(twin, mask_documents=True), SEQUENCE, 1.0).total(names=["scores"])
     assert (masked.executed, masked.useful) == (full, half)
-    routed_keys = _routed("entropy", schedule="R")
-    routed_keys = replace(routed_keys, router=RouterConfig(keys_values="routed"))
+    routed_keys = replace(BASE, schedule="R", router=RouterConfig(keys_values="routed", dispatch="dense"))
     assert flops_per_sequence(routed_keys, SEQUENCE, 1.0).total(names=["scores"]).executed == full / 4
+
+
+@pytest.mark.parametrize("keys_values", ["all", "routed"])
+def test_skipping_gives_rows_a_range_of_keys_where_dense_dispatch_needs_a_mask(keys_values):
+    model = replace(BASE, schedule="R A", mask_documents=True, router=RouterConfig(keys_values=keys_values))
+    full = 2 * BASE.hidden_size * SEQUENCE**2
+
+    def scores(config: ModelConfig, layer: int) -> Flops:
+        return flops_per_sequence(config, SEQUENCE, 0.5).total("forward", layer=layer, names=["scores"])
+
+    keys = SEQUENCE if keys_values == "all" else SEQUENCE // 2
+    triangle = 2 * BASE.hidden_size * (SEQUENCE // 2) * (keys + 1) / 2
+    assert scores(model, 1) == Flops(triangle, 0.0, triangle)
+    assert scores(_dense(model), 1) == Flops(full, 0.0, triangle)
+    assert scores(model, 2).executed == full
 
 
 def test_sums_by_layer_and_fraction_by_layer():
@@ -191,7 +258,7 @@ def test_sums_by_layer_and_fraction_by_layer():
     assert len(per_layer) == 4
     head = 2 * SEQUENCE * BASE.hidden_size * BASE.vocab_size
     assert sum(f.executed for f in per_layer) + head == ledger.total("forward").executed
-    assert per_layer[1].useful < per_layer[2].useful < per_layer[2].executed
+    assert per_layer[1].useful < per_layer[2].useful == per_layer[2].executed
     assert ledger.total(layer=2, names=["scores"]).useful == 0
     assert ledger.total(layer=3, names=["mixing"]).useful == 0
 
@@ -212,7 +279,7 @@ def test_mfu_counts_useful_work_with_cheap_transforms():
 
 
 def test_savings_are_reported_side_by_side():
-    report = savings(M400, 256, 0.5, measured_seconds=(3.0, 2.0))
+    report = savings(_dense(M400), 256, 0.5, measured_seconds=(3.0, 2.0))
     # In units of h² a token: q 2, k and v 4, scores and values 2·257/1024, output 2. 27 of 28 layers hold
     # attention; in 26 of them half of the queries, scores and outputs is useful, and every key and value.
     pairs = 2 * 257 / 1024
@@ -225,6 +292,9 @@ def test_savings_are_reported_side_by_side():
     text = str(report)
     for part in ("attention-only 3.6%", "whole model", "measured time -50.0%"):
         assert part in text
+    skipping = savings(M400, 256, 0.5, capacity_fraction=0.53)
+    assert skipping.attention_useful == report.attention_useful > skipping.attention_executed > 0
+    assert savings(M400, 256, 0.5).attention_executed == pytest.approx(report.attention_useful)
     assert "time not measured" in str(savings(M400, 256, 0.5))
     twin = savings(full_attention_twin(M400), 256, [])
     assert (twin.attention_useful, twin.model_executed) == (0, 0)

@@ -68,7 +68,6 @@ def routed_attention(
 @triton.jit
 def _attend(
     state,
-    q,
     kv,
     span,
     rows,
@@ -76,20 +75,20 @@ def _attend(
     HEAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EDGE: tl.constexpr,
-    TMA: tl.constexpr,
 ):
     """Online softmax of one block of rows over the keys start..stop-1.
 
-    kv: for each of k and v a pointer to the head and the stride of a row or, if TMA, a descriptor and the
-    head's number. EDGE: 0 where every row of the block sees all of these keys, else the stages of a loop
-    with masks; if TMA, of a loop that has masks outside [inner, outer).
+    EDGE: 0 where every row of the block sees all of these keys, else the stages of a loop with masks. It is
+    -1 for a loop with masks outside [inner, outer) whose tiles come by descriptors: kv then has a descriptor
+    and the head's number for each of k and v, instead of a pointer to the head and the stride of a row.
     """
     acc, top, total = state  # top: largest exponent so far; acc and total are relative to it
     k_base, k_step, v_base, v_step = kv
     start, inner, outer, stop = span
-    row, first, last = rows
+    q, row, first, last = rows
     scale, seed_ptr, head, threshold, keep_scale = numbers
-    STAGES: tl.constexpr = EDGE if EDGE > 0 and not TMA else None
+    TMA: tl.constexpr = EDGE < 0
+    STAGES: tl.constexpr = EDGE if EDGE > 0 else None
     for at in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         if TMA:
             k = load_described(k_base, k_step, at, BLOCK_K, HEAD)
@@ -97,13 +96,13 @@ def _attend(
             k = load_tile(k_base, at, k_step, stop, BLOCK_K, HEAD, EDGE > 0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         key = at + tl.arange(0, BLOCK_K)
-        if EDGE > 0:
-            if not TMA or at < inner or at >= outer:
+        if EDGE != 0:
+            if EDGE > 0 or at < inner or at >= outer:
                 seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
                 s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
         # A row that has seen no key yet stays at -inf, and -inf - -inf is no number.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top) if EDGE > 0 else new_top
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top) if EDGE != 0 else new_top
         p = tl.exp2(s * scale - shift[:, None])
         old = tl.exp2(top - shift)
         total = total * old + tl.sum(p, 1)
@@ -126,11 +125,12 @@ def _forward_kernel(
     strides,
     sizes,
     numbers,
-    HEAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
+    HEAD: tl.constexpr = BLOCKS[0]
+    BLOCK_Q: tl.constexpr = BLOCKS[1]
+    BLOCK_K: tl.constexpr = BLOCKS[2]
+    EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, out_ptr, lse_ptr, seed_ptr = tensors
     q_row, q_head, k_row, k_head, v_row, v_head = strides
@@ -143,7 +143,7 @@ def _forward_kernel(
     row = start + tl.arange(0, BLOCK_Q)
     first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, row, R)
     q = load_tile(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
-    rows = (row, first, last)
+    rows = (q, row, first, last)
     extra = (scale, seed_ptr, head, threshold, keep_scale)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -154,17 +154,17 @@ def _forward_kernel(
     if k_tiles is not None:
         kv = (k_tiles, head // group, v_tiles, head // group)
         span = (low, inner, outer, stop)
-        state = _attend(state, q, kv, span, rows, extra, HEAD, BLOCK_K, 1, True)
+        state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, -1)
     else:
         k_base = k_ptr + tl.cast(head // group, tl.int64) * k_head
         v_base = v_ptr + tl.cast(head // group, tl.int64) * v_head
         kv = (k_base, k_row, v_base, v_row)
         span = (low, low, inner, inner)
-        state = _attend(state, q, kv, span, rows, extra, HEAD, BLOCK_K, EDGE_STAGES, False)
+        state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, EDGE_STAGES)
         span = (inner, inner, outer, outer)
-        state = _attend(state, q, kv, span, rows, extra, HEAD, BLOCK_K, 0, False)
+        state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, 0)
         span = (outer, outer, stop, stop)
-        state = _attend(state, q, kv, span, rows, extra, HEAD, BLOCK_K, EDGE_STAGES, False)
+        state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, EDGE_STAGES)
     acc, top, total = state
     # Padding rows may have met their neighbours' keys in the unmasked loop.
     valid = first <= last

@@ -112,8 +112,7 @@ def _key_gradient(
         *tiles,
         *lines,
         _strides(grad, saved),
-        (R, K, n, g),
-        numbers,
+        (R, K, n, g, *numbers),
         **tuning.options(d),
     )
 
@@ -161,17 +160,17 @@ def _over_keys(
     HEAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EDGE: tl.constexpr,
-    TMA: tl.constexpr,
 ):
     """Add to dq of one block of rows, not yet scaled, what the keys start..stop-1 give.
 
-    kv, EDGE and TMA as in the forward pass's `_attend`.
+    kv and EDGE as in the forward pass's `_attend`.
     """
     q, grad, lse, delta, row, first, last = rows
     k_base, k_step, v_base, v_step = kv
     start, inner, outer, stop = span
     scale, seed_ptr, head, threshold, keep_scale = numbers
-    STAGES: tl.constexpr = EDGE if EDGE > 0 and not TMA else None
+    TMA: tl.constexpr = EDGE < 0
+    STAGES: tl.constexpr = EDGE if EDGE > 0 else None
     for at in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         if TMA:
             k = load_described(k_base, k_step, at, BLOCK_K, HEAD)
@@ -182,8 +181,8 @@ def _over_keys(
         key = at + tl.arange(0, BLOCK_K)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        if EDGE > 0:
-            if not TMA or at < inner or at >= outer:
+        if EDGE != 0:
+            if EDGE > 0 or at < inner or at >= outer:
                 seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
                 s = tl.where(seen, s, float("-inf"))
         p = tl.exp2(s * scale - lse[:, None])
@@ -202,11 +201,12 @@ def _query_gradient_kernel(
     strides,
     sizes,
     numbers,
-    HEAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
+    HEAD: tl.constexpr = BLOCKS[0]
+    BLOCK_Q: tl.constexpr = BLOCKS[1]
+    BLOCK_K: tl.constexpr = BLOCKS[2]
+    EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr = tensors
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
@@ -229,15 +229,15 @@ def _query_gradient_kernel(
     if k_tiles is not None:
         kv_head = (head // group).to(tl.int32)
         kv = (k_tiles, kv_head, v_tiles, kv_head)
-        dq = _over_keys(dq, rows, kv, (low, inner, outer, stop), extra, HEAD, BLOCK_K, 1, True)
+        dq = _over_keys(dq, rows, kv, (low, inner, outer, stop), extra, HEAD, BLOCK_K, -1)
     else:
         kv = (k_ptr + head // group * k_head, k_row, v_ptr + head // group * v_head, v_row)
         span = (low, low, inner, inner)
-        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES, False)
+        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
         span = (inner, inner, outer, outer)
-        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, 0, False)
+        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, 0)
         span = (outer, outer, stop, stop)
-        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES, False)
+        dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
     # Padding rows may have met gradients that are no numbers.
     dq = tl.where((first <= last)[:, None], dq * (scale * LN_2), 0.0)
     store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)
@@ -258,25 +258,23 @@ def _over_rows(
     state,
     kv,
     inputs,
-    sums,
     span,
     numbers,
     HEAD: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     EDGE: tl.constexpr,
-    TMA: tl.constexpr,
 ):
     """Add to dk (not yet scaled) and dv of one block of keys what the rows start..stop-1 of a head give.
 
-    EDGE and TMA as in `_over_keys`, only with rows. If TMA, start and BLOCK_Q are multiples of 4.
+    EDGE as in `_over_keys`, only with rows; if it is -1, start and BLOCK_Q are multiples of 4.
     """
     dk, dv = state
     k, v, key = kv
-    q_base, q_step, grad_base, grad_step = inputs
-    lse_base, delta_base, first_ptr, last_ptr = sums
+    q_base, q_step, grad_base, grad_step, lse_base, delta_base, first_ptr, last_ptr = inputs
     start, inner, outer, stop = span
     scale, seed_ptr, head, threshold, keep_scale = numbers
-    STAGES: tl.constexpr = EDGE if EDGE > 0 and not TMA else None
+    TMA: tl.constexpr = EDGE < 0
+    STAGES: tl.constexpr = EDGE if EDGE > 0 else None
     for at in tl.range(start, stop, BLOCK_Q, num_stages=STAGES):
         row = at + tl.arange(0, BLOCK_Q)
         if TMA:
@@ -291,10 +289,10 @@ def _over_rows(
             delta = load_numbers(delta_base, row, stop, 0.0, EDGE > 0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        if EDGE > 0:
-            if not TMA or at < inner or at >= outer:
-                first = load_numbers(first_ptr, row, stop, 1, not TMA)
-                last = load_numbers(last_ptr, row, stop, 0, not TMA)
+        if EDGE != 0:
+            if EDGE > 0 or at < inner or at >= outer:
+                first = load_numbers(first_ptr, row, stop, 1, EDGE > 0)
+                last = load_numbers(last_ptr, row, stop, 0, EDGE > 0)
                 seen = (key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :])
                 s = tl.where(seen, s, float("-inf"))
         p = tl.exp2(s * scale - lse[None, :])
@@ -318,19 +316,18 @@ def _key_gradient_kernel(
     lse_lines,
     delta_lines,
     strides,
-    sizes,
     numbers,
-    HEAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
+    HEAD: tl.constexpr = BLOCKS[0]
+    BLOCK_Q: tl.constexpr = BLOCKS[1]
+    BLOCK_K: tl.constexpr = BLOCKS[2]
+    EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
     bounds_ptr, dk_ptr, dv_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
-    R, K, heads, groups = sizes
-    scale, threshold, keep_scale = numbers
+    R, K, heads, groups, scale, threshold, keep_scale = numbers
     # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
     blocks = tl.num_programs(0) // groups
     block = tl.program_id(0) // groups
@@ -354,23 +351,24 @@ def _key_gradient_kernel(
     kv = (k, v, key)
     for member in tl.range(0, heads // groups):
         head = kv_head * (heads // groups) + member
-        sums = (lse_ptr + line(head, R), delta_ptr + line(head, R), first_ptr, last_ptr)
+        lse_base, delta_base = lse_ptr + line(head, R), delta_ptr + line(head, R)
+        q_base, grad_base = q_ptr + head * q_head, grad_ptr + head * grad_head
         extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
-        rows = (q_ptr + head * q_head, q_row, grad_ptr + head * grad_head, grad_row)
+        rows = (q_base, q_row, grad_base, grad_row, lse_base, delta_base, first_ptr, last_ptr)
         if q_tiles is not None:
-            head_tiles = (q_tiles, head.to(tl.int32), grad_tiles, head.to(tl.int32))
-            lines = (lse_lines, delta_lines, first_ptr, last_ptr)
+            number = head.to(tl.int32)
+            described = (q_tiles, number, grad_tiles, number, lse_lines, delta_lines, first_ptr, last_ptr)
             span = (low, inner, outer, full)
-            state = _over_rows(state, kv, head_tiles, lines, span, extra, HEAD, BLOCK_Q, 1, True)
+            state = _over_rows(state, kv, described, span, extra, HEAD, BLOCK_Q, -1)
             span = (full, full, stop, stop)
-            state = _over_rows(state, kv, rows, sums, span, extra, HEAD, BLOCK_Q, 1, False)
+            state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, 1)
         else:
             span = (low, low, inner, inner)
-            state = _over_rows(state, kv, rows, sums, span, extra, HEAD, BLOCK_Q, EDGE_STAGES, False)
+            state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
             span = (inner, inner, outer, outer)
-            state = _over_rows(state, kv, rows, sums, span, extra, HEAD, BLOCK_Q, 0, False)
+            state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, 0)
             span = (outer, outer, stop, stop)
-            state = _over_rows(state, kv, rows, sums, span, extra, HEAD, BLOCK_Q, EDGE_STAGES, False)
+            state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
     dk, dv = state
     dk = dk * (scale * LN_2)
     store_tile(dk_ptr + kv_head * HEAD, start, groups * HEAD, K, dk, HEAD)

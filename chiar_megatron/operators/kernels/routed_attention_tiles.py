@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +30,7 @@ class Tuning:
     edge_stages: the same for the loops with masks, whose pipeline takes registers for their pointers.
     tma: tiles come by the tensor memory accelerator where strides allow, in one loop that masks under a
     branch; else by pointers, in one loop without masks between two with them.
+    registers: most registers of a thread, which makes room for more blocks side by side (None: no limit).
     """
 
     block_q: int
@@ -37,16 +39,15 @@ class Tuning:
     stages: int
     edge_stages: int = 1
     tma: bool = False
+    registers: int | None = None
 
-    def options(self, d: int) -> dict[str, int]:
-        """Named arguments of a kernel for head size d."""
+    def options(self, d: int) -> dict[str, Any]:
+        """Named arguments of a kernel for head size d; BLOCKS: head size, query rows, keys, edge stages."""
         return {
-            "HEAD": d,
-            "BLOCK_Q": self.block_q,
-            "BLOCK_K": self.block_k,
-            "EDGE_STAGES": self.edge_stages,
+            "BLOCKS": (d, self.block_q, self.block_k, self.edge_stages),
             "num_warps": self.warps,
             "num_stages": self.stages,
+            "maxnreg": self.registers,
         }
 
     def descriptors(self, x: Tensor, y: Tensor, rows: int) -> tuple[TensorDescriptor | None, ...]:

@@ -29,6 +29,7 @@ EXTRAS_REQUIRE = {
         "pytest-timeout>=2.3,<3",
         "ruff>=0.14,<0.18",
         "mypy>=1.15,<3",
+        "triton>=3.6,<4; platform_system == 'Linux'",  # its interpreter runs the kernels' tests on a CPU
         "scipy>=1.11,<2",  # an independent DCT to test against
         "types-PyYAML>=6,<7",
     ],

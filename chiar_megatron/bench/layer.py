@@ -181,7 +181,11 @@ def _run(layer: ChiarLayer, inputs: Inputs) -> Run:
 
 def _result(timed: TimedLayer, settings: StepSettings, spread: Spread, rate: float) -> dict[str, Any]:
     model, tokens = timed.config.model, settings.tokens_per_step
-    ledger = flops_per_sequence(model, settings.seq_length, timed.rho, dct_form="fft", capacity_fraction=1.0)
+    most = capacity_rows(model.router, tokens)
+    capacity = None if most is None else most / tokens
+    ledger = flops_per_sequence(
+        model, settings.seq_length, timed.rho, dct_form="fft", capacity_fraction=capacity
+    )
     number = {"D": 1, "R": 2, "A": 3}[timed.name[0]]
     flops = ledger.total("training", layer=number).useful * tokens / settings.seq_length
     rows = None

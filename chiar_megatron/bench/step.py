@@ -202,9 +202,6 @@ class StepBench:
     def _time_blocks(self, trainee: Trainee) -> list[float]:
         """Seconds a step, of every block."""
         trainee.forget()
-        if self.device.type == "cuda":
-            self.whole_peak = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
         seconds: list[float] = []
         left = self.settings.steps
         while left > 0 and not (seconds and self.report.out_of_time):
@@ -231,12 +228,15 @@ class StepBench:
             **trainee.seen(),
         }
         if self.device.type == "cuda":
+            # From the first step on: what a replayed graph uses was counted while it was recorded.
             result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            result["peak_memory_bytes_with_start"] = self.whole_peak
         model = side.config.model
         if side.kind == "nanogpt":
             model = self._plain(side.config).counted_as(model)
-        flops = flops_per_token(model, result.get("routed_fraction", 1.0))
+        share = 1.0
+        if "rows" in result:
+            share = result["rows"]["useful"] / result["rows"]["tokens"]
+        flops = flops_per_token(model, share)
         result["useful_flops_per_token"] = flops
         if self.rate is not None:
             result["floor_tokens_per_second"] = self.rate / flops

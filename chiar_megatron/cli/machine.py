@@ -51,12 +51,12 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 
 def _of_torch() -> dict[str, Any]:
-    import torch
 
+    from chiar_megatron.runtime.device import select_device
     from chiar_megatron.runtime.installed import torch_libraries, visible_devices
     from chiar_megatron.runtime.paths import describe_paths
 
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = select_device("auto", local_rank=0)
     names = ("part", "path", "reason")
     return {
         "libraries": torch_libraries(),

@@ -139,7 +139,9 @@ class Reporter:
         peak = device_peak(torch.cuda.get_device_name(self.world.device))
         if peak is not None:
             model = self.config.model
-            flops = model_flops_per_token(model, model.seq_length, metrics["routed_fraction"] or 0.0)
+            pairs = zip(metrics["routed_fraction"], metrics["overflow_fraction"], strict=True)
+            attended = [share * (1.0 - lost) for share, lost in pairs]
+            flops = model_flops_per_token(model, model.seq_length, attended or 0.0)
             metrics["mfu"] = mfu(flops, metrics["tokens_per_second"], self.world.size, peak.flops)
 
     def bad_step(self, step: int, result: StepResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from chiar_megatron.config.schema import OptimizerConfig, RouterConfig, RunConfig
 from chiar_megatron.data.dataset import TokenBatch
+from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.routing.balance import (
     ThresholdController,
     capacity_rows,
@@ -22,8 +24,9 @@ from chiar_megatron.routing.balance import (
     move_thresholds,
 )
 from chiar_megatron.routing.statistics import FIELDS
+from chiar_megatron.runtime.distributed import single_process_world
 from chiar_megatron.training.engine import MegatronEngine
-from tests.unit.tiny_models import tiny_config
+from tests.unit.tiny_models import tiny_config, tiny_model
 
 TOKENS = 4096
 RHOS = [0.125, 0.25, 0.5, 0.75]
@@ -134,6 +137,15 @@ def test_the_share_is_held_from_a_cold_start_and_after_a_sudden_change(target, s
     # Every layer gets the scores of another.
     layers.samplers = layers.samplers[1:] + layers.samplers[:1]
     assert_held(layers, layers.run(200), names)
+
+
+@pytest.mark.parametrize("ratio", [1 / 64, 1 / 4, 4, 64])
+@pytest.mark.parametrize("target", RHOS)
+def test_the_share_comes_back_when_the_spread_changes(target, ratio):
+    layers = Layers(controlled(target), [SCORES["learned"], SCORES["entropy"]])
+    layers.run(50)
+    layers.samplers = [_normal(0.0, ratio), _normal(0.895, 0.004 * ratio)]
+    assert_held(layers, layers.run(200), ["learned", "entropy"])
 
 
 @pytest.mark.parametrize("drift", [0.1, -0.1])
@@ -256,3 +268,54 @@ def train(
 
 def routers_of(engine: MegatronEngine) -> list[Any]:
     return [layer.router for layer in engine.module.chiar_layers if layer.router is not None]
+
+
+@pytest.fixture
+def world() -> Any:
+    return single_process_world("cpu")
+
+
+@pytest.mark.parametrize("router", [{"kind": "learned"}, {"kind": "entropy"}], ids=["learned", "entropy"])
+def test_training_holds_the_share_through_a_change_of_corpus(router, world):
+    """And thresholds, controllers included, are saved and come back."""
+    config = training_config({**router, "target": 0.5})
+    engine = MegatronEngine(config, world)
+    shares, overflow, losses = train(engine, corpus(0, 40, 1), 0, 200)
+    assert losses[-1] < losses[0] - 1.0, "nothing was learned"
+    assert np.abs(shares[150:].mean(0) - 0.5).max() < 0.01
+    assert overflow[150:].mean() < 0.02
+    before = [float(r.threshold) for r in routers_of(engine)]
+    shares, overflow, losses = train(engine, corpus(24, 40, 2), 200, 200)
+    assert losses[0] > losses[-1] + 1.0, "the corpus is no other"
+    assert np.abs(shares[150:].mean(0) - 0.5).max() < 0.01
+    assert overflow[150:].mean() < 0.02
+    assert before != [float(r.threshold) for r in routers_of(engine)]
+    saved = copy.deepcopy(
+        {
+            "model": engine.module.state_dict_for_save_checkpoint(),
+            "optimizer": engine.optimizer.state_dict(),
+        }
+    )
+    ours = [b.clone() for r in routers_of(engine) for b in r.buffers()]
+    assert len(ours) == 2 * 4  # of each layer the threshold and its controller's place, spread and start
+    other = MegatronEngine(config, world)
+    other.load_state(saved)
+    theirs = [b for r in routers_of(other) for b in r.buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@torch.no_grad()
+def test_the_threshold_never_enters_the_gate():
+    """With decisions forced, thresholds elsewhere change nothing."""
+    config = tiny_config({"kind": "learned", "target": 0.5})
+    model = tiny_model(config)
+    ids_BS = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(1))
+    forced = {number: torch.rand(16, 2) < 0.5 for number in (2, 3)}
+    logits = []
+    for threshold in (0.0, 5.0):
+        for layer in model.module.chiar_layers:
+            if layer.router is not None:
+                layer.router.threshold.fill_(threshold)
+        context = ForwardContext(tokens_BS=ids_BS, forced_light_SB=dict(forced))
+        logits.append(model(ids_BS, context=context))
+    assert torch.equal(*logits)

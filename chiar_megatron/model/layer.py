@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, ge
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
+from chiar_megatron.config.routing import has_fixed_rows
 from chiar_megatron.config.schema import ModelConfig
 from chiar_megatron.model.feed_forward import FeedForward
 from chiar_megatron.model.rbf_operator import RBFOperator
@@ -108,7 +109,10 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         return out_SBH.contiguous() if self.exchanges else out_SBH, None
 
     def compile(self) -> None:
-        """Let training steps run the layer as compiled by torch; layers of one kind share the code."""
+        """Let training steps run the layer as compiled by torch; layers of one kind share the code. A routed
+        layer with another number of rows in every step stays as it is."""
+        if self.kind == "R" and not has_fixed_rows(self.model.router):
+            return
         self.compiled = torch.compile(self.body, dynamic=False)
 
     def body(self, x_BSH: Tensor, context: ForwardContext) -> Tensor:

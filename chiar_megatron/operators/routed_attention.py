@@ -15,6 +15,7 @@ from chiar_megatron.runtime.paths import kernels_available
 
 # Query rows that plain PyTorch handles at once: fewer waste less on masked keys, more cost fewer calls.
 QUERY_BLOCK = 128
+MASKED_BLOCK = 1024  # the same on CUDA in float32, where each block sees all keys through a mask
 
 
 def routed_attention(
@@ -32,9 +33,12 @@ def routed_attention(
         # The kernel's dropout draws from its own counter; the seed comes from torch's stream.
         seed = torch.randint(2**62, (1,), device=q_RND.device) if dropout_p > 0.0 else None
         return kernel.routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p, seed)
-    if q_RND.device.type != "cpu":
-        return _attend(q_RND, k_KGD, v_KGD, first_R, last_R, 0, dropout_p)
-    return _by_blocks(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p)
+    if q_RND.device.type == "cpu":
+        return _by_blocks(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p)
+    # Blocks only bound the mask's memory: where each begins to see keys the host would have to wait for.
+    blocks = [slice(at, at + MASKED_BLOCK) for at in range(0, len(q_RND), MASKED_BLOCK)]
+    parts = [_attend(q_RND[r], k_KGD, v_KGD, first_R[r], last_R[r], 0, dropout_p) for r in blocks]
+    return torch.cat(parts) if parts else torch.zeros_like(q_RND)
 
 
 def _by_blocks(

@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from chiar_megatron.config.routing import has_fixed_rows
 from chiar_megatron.config.schema import RunConfig
 
 HOPPER, OLDEST_WITH_KERNELS = (9, 0), (8, 0)
@@ -40,9 +41,8 @@ def compiles(device: torch.device, tensor_model_parallel_size: int, wanted: bool
 def replays_steps(config: RunConfig, device: torch.device) -> bool:
     """Whether forward and backward of a step are replayed as a CUDA graph: where all shapes are fixed, one
     process holds whole layers of the whole model, and the recipe does not say otherwise."""
-    parallel, router = config.parallel, config.model.router
-    dense = "R" not in config.model.schedule or router.dispatch == "dense" or router.kind in ("soft", "hard")
-    fixed = dense or (router.target is not None and router.capacity == "auto")
+    parallel = config.parallel
+    fixed = "R" not in config.model.schedule or has_fixed_rows(config.model.router)
     alone = parallel.tensor_model_parallel_size == parallel.pipeline_model_parallel_size == 1
     able = device.type == "cuda" and kernels_available(device) and fixed and alone
     # A graph may choose other algorithms than the first steps, which run without it.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from chiar_megatron.config.load import to_dict
+from chiar_megatron.config.routing import computes_all
 from chiar_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
 from chiar_megatron.metrics.progress import ProgressLine
@@ -52,15 +53,17 @@ def describe(config: RunConfig, world: World) -> list[str]:
 
 def _routing_line(model: ModelConfig, training: TrainingConfig) -> str:
     router = model.router
-    skips = router.dispatch == "skip" and router.kind not in ("soft", "hard")
     parts = [f"router {router.kind}"]
-    parts.append(
-        "each token computed by its operator alone" if skips else "dense: every operator sees every token"
-    )
+    if computes_all(router):
+        return f"{parts[0]}; dense: every operator sees every token"
+    parts.append("each token computed by its operator alone")
     if router.target is not None:
         parts.append(f"thresholds held at a share of {router.target:g}")
-        rows = capacity_rows(router, training.micro_batch_size * model.seq_length)
-        parts.append("no capacity" if rows is None else f"{rows:,} rows of attention a micro-batch")
+    rows = capacity_rows(router, training.micro_batch_size * model.seq_length)
+    if rows is None:
+        parts.append("as many rows as light tokens (on CUDA routed layers wait for the host and run eagerly)")
+    else:
+        parts.append(f"{rows:,} rows of attention a micro-batch")
     return "; ".join(parts)
 
 

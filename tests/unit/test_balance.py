@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from chiar_megatron.config.schema import OptimizerConfig, RouterConfig, RunConfig
+from chiar_megatron.checkpoint.store import CheckpointStore, load_state, make_info
+from chiar_megatron.config.load import to_dict
+from chiar_megatron.config.schema import CheckpointConfig, OptimizerConfig, RouterConfig, RunConfig
 from chiar_megatron.data.dataset import TokenBatch
 from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.routing.balance import (
@@ -319,3 +321,30 @@ def test_the_threshold_never_enters_the_gate():
         context = ForwardContext(tokens_BS=ids_BS, forced_light_SB=dict(forced))
         logits.append(model(ids_BS, context=context))
     assert torch.equal(*logits)
+
+
+def test_a_checkpoint_holds_thresholds_and_controllers(world, tmp_path):
+    config = training_config({"kind": "entropy", "target": 0.5})
+    engine, other = MegatronEngine(config, world), MegatronEngine(config, world)
+    train(engine, corpus(0, 40, 1), 0, 3)
+    CheckpointStore(tmp_path, CheckpointConfig()).save(
+        engine.sharded_state(is_loading=False), make_info(3, 0, False, {}, to_dict(config))
+    )
+    other.load_state(load_state(tmp_path / "step_00000003", other.sharded_state(is_loading=True)))
+    names = {name for name, _ in routers_of(engine)[0].named_buffers()}
+    assert names == {"threshold", "controller.place", "controller.spread", "controller.started"}
+    for one, two in zip(routers_of(engine), routers_of(other), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.buffers(), two.buffers(), strict=True))
+    # And the run goes on as if nothing had happened.
+    for a, b in zip(*(train(e, corpus(0, 40, 1), 3, 2) for e in (engine, other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["learned", "entropy", "entropy_gated", "random"])
+def test_without_a_target_thresholds_stay_bit_for_bit(kind, world):
+    engine = MegatronEngine(training_config({"kind": kind}), world)
+    before = [router.threshold.clone() for router in routers_of(engine)]
+    train(engine, corpus(0, 40, 1), 0, 3)
+    assert all(router.controller is None for router in routers_of(engine))
+    for router, threshold in zip(routers_of(engine), before, strict=True):
+        assert torch.equal(router.threshold, threshold)

@@ -304,6 +304,10 @@ def test_recomputed_layers_give_the_same_and_count_once(router):
         training = replace(config.training, recompute=recompute, global_batch_size=18, micro_batch_size=9)
         engine, _ = trained_module(replace(config, training=training))
         calls = count_rows(engine)
+        counted: list[None] = []
+        statistics = engine.module.chiar_layers[1].statistics
+        add = statistics.add
+        statistics.add = lambda decision, kept, counted=counted, add=add: counted.append(add(decision, kept))
         results = []
         for step in range(3):
             batches = [random_batch(config, b=9, seed=10 * step + m) for m in range(2)]
@@ -311,6 +315,8 @@ def test_recomputed_layers_give_the_same_and_count_once(router):
             gradients = [p.main_grad.clone() for p in engine.module.parameters()]
             results.append((result.sums.loss, result.grad_norm, result.sums.routing, gradients))
         assert len(calls[2]) == (6 if recompute == "none" else 12), "not what the recipe says"
+        # Two micro-batches of three steps: shares alone would not show that each was counted twice.
+        assert len(counted) == 6
         seen.append(results)
     for plain, again in zip(*seen, strict=True):
         assert plain[0] == pytest.approx(again[0], rel=1e-6) and plain[1] == pytest.approx(again[1], rel=1e-5)

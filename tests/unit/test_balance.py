@@ -280,7 +280,7 @@ def world() -> Any:
 @pytest.mark.parametrize("router", [{"kind": "learned"}, {"kind": "entropy"}], ids=["learned", "entropy"])
 def test_training_holds_the_share_through_a_change_of_corpus(router, world):
     """And thresholds, controllers included, are saved and come back."""
-    config = training_config({**router, "target": 0.5})
+    config = training_config({**router, "target": 0.5}, lr=1e-3)
     engine = MegatronEngine(config, world)
     shares, overflow, losses = train(engine, corpus(0, 40, 1), 0, 200)
     assert losses[-1] < losses[0] - 1.0, "nothing was learned"

@@ -10,7 +10,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from chiar_megatron.operators.parallel_linear import column_parallel, row_parallel
+from chiar_megatron.operators.parallel_linear import parallel_linear
 
 
 class FeedForward(MLP):
@@ -26,15 +26,15 @@ class FeedForward(MLP):
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Unlike megatron-core's, takes tokens batch first and returns the output with its bias added."""
-        output_BSH = row_parallel(self.linear_fc2, self._dropout_inner(self._inner(x_BSH)))
+        output_BSH = parallel_linear(self.linear_fc2, self._dropout_inner(self._inner(x_BSH)))
         return F.dropout(output_BSH, self.config.hidden_dropout, self.training)
 
     def _inner(self, x_BSH: Tensor) -> Tensor:
         fc1 = self.linear_fc1
         if self.config.gated_linear_unit:
-            gate, up = column_parallel(fc1, x_BSH).chunk(2, dim=-1)
+            gate, up = parallel_linear(fc1, x_BSH).chunk(2, dim=-1)
             return self.activation_func(gate) * up  # type: ignore[no-any-return]
-        return self.activation_func(column_parallel(fc1, x_BSH))  # type: ignore[no-any-return]
+        return self.activation_func(parallel_linear(fc1, x_BSH))  # type: ignore[no-any-return]
 
     def _dropout_inner(self, inner_BSF: Tensor) -> Tensor:
         if not self.training or self.config.hidden_dropout == 0.0:

@@ -21,10 +21,9 @@ from torch import Tensor
 from chiar_megatron.config.schema import ModelConfig
 from chiar_megatron.operators.context import ForwardContext, LayerCache
 from chiar_megatron.operators.parallel_linear import (
-    column_parallel,
     enter_tensor_parallel,
     leave_tensor_parallel,
-    row_parallel,
+    parallel_linear,
 )
 from chiar_megatron.operators.rotary import RotaryEmbedding, rotate, split_and_rotate
 from chiar_megatron.operators.routed_attention import routed_attention
@@ -77,7 +76,7 @@ class SelfAttention(MegatronModule):
         light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
         each token's own, so that no row is empty).
         """
-        grouped = self._by_group(column_parallel(self.linear_qkv, x_BSH))
+        grouped = self._by_group(parallel_linear(self.linear_qkv, x_BSH))
         offset = context.position_offset
         end = offset + grouped.shape[1]
         positions_S = torch.arange(offset, end, device=x_BSH.device)
@@ -91,7 +90,7 @@ class SelfAttention(MegatronModule):
         if offset > 0 or context.document_ids_BS is not None or light_BS is not None:
             mask = visible_keys(query_BNSD, key_BGSD, offset, context.document_ids_BS, light_BS)
         output_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD, mask)
-        return row_parallel(self.linear_proj, output_BNSD.transpose(1, 2).flatten(2))
+        return parallel_linear(self.linear_proj, output_BNSD.transpose(1, 2).flatten(2))
 
     def forward_rows(self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool) -> Tensor:
         """Attention's output `[b, s, h]` for the tokens that have a row; for others it means nothing.

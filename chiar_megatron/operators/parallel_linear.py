@@ -18,28 +18,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-def column_parallel(linear: ColumnParallelLinear, x_BSH: Tensor) -> Tensor:
-    """`[b, s, in]` (a part of s under sequence parallelism) to `[b, whole s, this rank's out]`, with bias."""
-    if linear.config.tensor_model_parallel_size == 1:
-        return F.linear(x_BSH, linear.weight, linear.bias)
-    if linear.sequence_parallel:
-        out_SBX, bias = linear(x_BSH.transpose(0, 1))
-        out_BSX = out_SBX.transpose(0, 1)
-    else:
-        out_BSX, bias = linear(x_BSH)
-    return out_BSX if bias is None else out_BSX + bias  # type: ignore[no-any-return]
-
-
-def row_parallel(linear: RowParallelLinear, x_BSX: Tensor) -> Tensor:
-    """`[b, whole s, this rank's in]` to `[b, s, out]` (a part of s under sequence parallelism), with bias."""
+def parallel_linear(linear: ColumnParallelLinear | RowParallelLinear, x_BSX: Tensor) -> Tensor:
+    """`[b, s, in]` to `[b, s, out]`, with bias. What is this rank's share is `out` of a column-parallel layer
+    and `in` of a row-parallel one; under sequence parallelism the other side has a part of s."""
     if linear.config.tensor_model_parallel_size == 1:
         return F.linear(x_BSX, linear.weight, linear.bias)
     if linear.sequence_parallel:
-        out_SBH, bias = linear(x_BSX.transpose(0, 1))
-        out_BSH = out_SBH.transpose(0, 1)
+        out_SBX, bias = linear(x_BSX.transpose(0, 1))
+        out_BSX = out_SBX.transpose(0, 1)
     else:
-        out_BSH, bias = linear(x_BSX)
-    return out_BSH if bias is None else out_BSH + bias  # type: ignore[no-any-return]
+        out_BSX, bias = linear(x_BSX)
+    return out_BSX if bias is None else out_BSX + bias  # type: ignore[no-any-return]
 
 
 def enter_tensor_parallel(config: TransformerConfig, group: object, x_BSH: Tensor) -> Tensor:

@@ -57,12 +57,12 @@ def rows_of(chosen_N: Tensor, capacity: int | None = None) -> TokenRows:
 
 def take_rows(x_NX: Tensor, rows: TokenRows) -> Tensor:
     """`[N, ...]` to `[R, ...]`; unused rows are 0."""
-    return _Take.apply(x_NX, rows.index_R, rows.valid_R, rows.slot_N, rows.has_row_N)  # type: ignore[no-any-return,no-untyped-call]
+    return _Gather.apply(x_NX, rows.index_R, rows.valid_R, rows.slot_N, rows.has_row_N)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def put_rows(y_RX: Tensor, rows: TokenRows) -> Tensor:
     """`[R, ...]` to `[N, ...]`; tokens without a row are 0."""
-    return _Put.apply(y_RX, rows.index_R, rows.valid_R, rows.slot_N, rows.has_row_N)  # type: ignore[no-any-return,no-untyped-call]
+    return _Gather.apply(y_RX, rows.slot_N, rows.has_row_N, rows.index_R, rows.valid_R)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def as_rows(x_XYH: Tensor) -> tuple[Tensor, bool]:
@@ -89,27 +89,16 @@ def _gather(values_XH: Tensor, index_Y: Tensor, mask_Y: Tensor) -> Tensor:
     return gathered
 
 
-class _Take(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
+    """A gather whose adjoint is the gather by the other pair of index and mask."""
+
     @staticmethod
     def forward(
-        ctx: Any, x_NX: Tensor, index_R: Tensor, valid_R: Tensor, slot_N: Tensor, has_row_N: Tensor
+        ctx: Any, x: Tensor, index: Tensor, mask: Tensor, index_back: Tensor, mask_back: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(slot_N, has_row_N)
-        return _gather(x_NX, index_R, valid_R)
+        ctx.save_for_backward(index_back, mask_back)
+        return _gather(x, index, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad_RX: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad_RX, *ctx.saved_tensors), None, None, None, None
-
-
-class _Put(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, y_RX: Tensor, index_R: Tensor, valid_R: Tensor, slot_N: Tensor, has_row_N: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(index_R, valid_R)
-        return _gather(y_RX, slot_N, has_row_N)
-
-    @staticmethod
-    def backward(ctx: Any, grad_NX: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad_NX, *ctx.saved_tensors), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather(grad, *ctx.saved_tensors), None, None, None, None

@@ -232,7 +232,8 @@ def test_the_op_keeps_its_contract_with_torch():
     q, k, v = (random(r, 2, 16, seed=r).requires_grad_() for r in (16, 20, 20))
     op = torch.ops.chiar_megatron.routed_attention.default
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op, (q, k, v, first, last, None, 0.0), test_utils=checks)
+    results = torch.library.opcheck(op, (q, k, v, first, last, None, 0.0), test_utils=checks)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 def test_every_kernel_has_default_blocks(monkeypatch):

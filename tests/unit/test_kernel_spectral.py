@@ -170,4 +170,5 @@ def test_the_operators_are_well_formed(dtype):
             (x.detach(), x.detach(), w.detach(), *(None,) * 2, "ieee", None),
         ),
     ]:
-        torch.library.opcheck(op, arguments, test_utils=checks)
+        results = torch.library.opcheck(op, arguments, test_utils=checks)
+        assert set(results.values()) == {"SUCCESS"}

@@ -33,6 +33,7 @@ def _add_evaluate(verbs: Verbs) -> None:
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once (8)")
     evaluate.add_argument("--tensor-parallel", type=count, default=1, metavar="N")
     evaluate.add_argument("--pipeline-parallel", type=count, default=1, metavar="N")
+    evaluate.add_argument("--context-parallel", type=count, default=1, metavar="N")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     evaluate.add_argument("--json", action="store_true", help="print the JSON line only")
     evaluate.set_defaults(run=_evaluate)
@@ -104,7 +105,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
     check_versions()
     env = read_process_env()
-    processes = parsed.tensor_parallel * parsed.pipeline_parallel
+    processes = parsed.tensor_parallel * parsed.pipeline_parallel * parsed.context_parallel
     if env.launcher == "none" and processes > 1:
         return relaunch(processes, None)
     from chiar_megatron.config.schema import ParallelConfig, RuntimeConfig
@@ -123,6 +124,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     parallel = ParallelConfig(
         tensor_model_parallel_size=parsed.tensor_parallel,
         pipeline_model_parallel_size=parsed.pipeline_parallel,
+        context_parallel_size=parsed.context_parallel,
     )
     world = initialize(parallel, RuntimeConfig(device=parsed.device), env)
     try:

@@ -167,7 +167,7 @@ class ParallelConfig:
     """Pipeline stages (1F1B)."""
 
     context_parallel_size: int = 1
-    """Processes that share one sequence (not built yet: must be 1)."""
+    """Processes that share each sequence, in contiguous parts; in attention they swap tokens for heads."""
 
     data_parallel_size: Optional[int] = None
     """Model replicas. null: what the number of processes leaves; 1 when `chiar` starts them itself."""

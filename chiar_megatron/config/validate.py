@@ -171,12 +171,7 @@ def _check_layout(config: RunConfig, problems: list[str]) -> None:
         problems.append(
             f"parallel.sequence_parallel: true needs {tensor_field} above 1, which is 1; set it to false"
         )
-    elif parallel.sequence_parallel:
-        _divide(problems, "model.seq_length", model.seq_length, tensor_field, tensor)
-    if parallel.context_parallel_size > 1:
-        problems.append(
-            f"parallel.context_parallel_size: {parallel.context_parallel_size} is not built yet; use 1"
-        )
+    _check_parts(config, problems)
     try:
         layers = len(parse_schedule(model.schedule))
     except ConfigError as error:
@@ -184,6 +179,27 @@ def _check_layout(config: RunConfig, problems: list[str]) -> None:
         return
     layers_field = f"model.schedule: {shown(model.schedule)}, number of layers"
     _divide(problems, layers_field, layers, "parallel.pipeline_model_parallel_size", pipeline)
+
+
+def _check_parts(config: RunConfig, problems: list[str]) -> None:
+    """The sequence over context and sequence parallel ranks, and heads over context parallel ones."""
+    model, parallel = config.model, config.parallel
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    parts, of = context, "parallel.context_parallel_size"
+    if parallel.sequence_parallel and tensor > 1:
+        parts, of = tensor, "parallel.tensor_model_parallel_size"
+        if context > 1:
+            parts, of = tensor * context, f"tensor {tensor} × context {context} parallel size ="
+    _divide(problems, "model.seq_length", model.seq_length, of, parts)
+    heads = model.num_attention_heads
+    if min(tensor, context) < 1 or heads % tensor:
+        return  # reported already
+    if heads // tensor % context:
+        problems.append(
+            f"parallel.context_parallel_size: {context} does not divide the {heads // tensor} query heads of "
+            f"a process (model.num_attention_heads {heads} / tensor_model_parallel_size {tensor}); "
+            f"use a divisor of {heads // tensor}, or change the heads"
+        )
 
 
 def _check_batch(config: RunConfig, world_size: int | None, problems: list[str]) -> None:

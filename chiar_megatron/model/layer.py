@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
@@ -24,9 +22,10 @@ from chiar_megatron.config.schema import ModelConfig
 from chiar_megatron.model.feed_forward import FeedForward
 from chiar_megatron.model.rbf_operator import RBFOperator
 from chiar_megatron.operators.attention import SelfAttention
-from chiar_megatron.operators.context import ForwardContext, sequence_shard
+from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.operators.norm import Norm, choose_norm, mark_sequence_parallel
 from chiar_megatron.operators.rows import TokenRows
+from chiar_megatron.operators.sequence_part import SequencePart
 from chiar_megatron.operators.spectral_mixing import SpectralMixing
 from chiar_megatron.routing.decision import RouteDecision
 from chiar_megatron.routing.dispatch import can_skip, dispatch_dense, light_rows
@@ -54,9 +53,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number + offset
         self.kind = kind
         self.model = model
-        self.tp_group = pg_collection.tp
-        size = config.tensor_model_parallel_size
-        self.sequence_shard = (get_pg_rank(pg_collection.tp), size) if config.sequence_parallel else (0, 1)
+        self.part = SequencePart.of(config, pg_collection)
         # Sent to another rank as it lies in memory.
         self.exchanges = config.sequence_parallel or config.pipeline_model_parallel_size > 1
         self.compiled: Callable[[Tensor, ForwardContext], Tensor] | None = None
@@ -65,8 +62,9 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         self.pre_mlp_layernorm = Norm(config, config.hidden_size)
         self.meta_router = None
         if self.layer_number == 1 and model.meta_router.enabled:
-            group = pg_collection.tp if config.sequence_parallel else None
-            self.meta_router = MetaRouter(model.meta_router, config.hidden_size, group, config.params_dtype)
+            self.meta_router = MetaRouter(
+                model.meta_router, config.hidden_size, self.part, config.params_dtype
+            )
             mark_sequence_parallel(self.meta_router, config.sequence_parallel)
 
     def _build_operators(self, pg_collection: ProcessGroupCollection) -> None:
@@ -129,11 +127,11 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
 
     def _routed(self, x_BSH: Tensor, context: ForwardContext) -> Tensor:
         assert self.router is not None and self.statistics is not None
-        decision = self.router(x_BSH.transpose(0, 1), context, self.sequence_shard)
+        decision = self.router(x_BSH.transpose(0, 1), context, self.part.shard)
         if can_skip(self.model.router, decision) and context.generation is None:
             rows = self._light_rows(decision, context)
             b, s = x_BSH.shape[0], rows.has_row_N.shape[0] // x_BSH.shape[0]
-            kept_SB = sequence_shard(rows.has_row_N.view(b, s).transpose(0, 1), *self.sequence_shard)
+            kept_SB = self.part.own(rows.has_row_N.view(b, s).transpose(0, 1))
             self._count(decision, kept_SB)
             return self._skipping(x_BSH, context, decision, rows, kept_SB)
         self._count(decision, decision.light_SB)
@@ -148,8 +146,11 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
 
     def _light_rows(self, decision: RouteDecision, context: ForwardContext) -> TokenRows:
         forced = context.forced_light_SB is not None
-        light_SB = self._whole_sequence(decision.light_SB.float()) > 0.5
-        score_SB = self._whole_sequence(decision.score_SB)
+        light_SB, score_SB = decision.light_SB, decision.score_SB
+        if self.part.size > 1:
+            # One float a token, for both: what is dark needs no score.
+            score_SB = self.part.whole(torch.where(light_SB, score_SB, -torch.inf))
+            light_SB = score_SB > -torch.inf
         return light_rows(self.model.router, light_SB, score_SB, self.training, forced)
 
     def _skipping(
@@ -169,7 +170,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         )
         if decision.gate_SB is not None:
             attended_BSH = attended_BSH * decision.gate_SB.transpose(0, 1)[..., None].to(x_BSH.dtype)
-        own_rows = None if self.config.sequence_parallel else rows
+        own_rows = rows if self.part.size == 1 else None
         mixed_BSH = self.spectral(self.spectral_norm(x_BSH) if pre else x_BSH, ~light_BS, own_rows)
         u_BSH = x_BSH + torch.where(light_BS[..., None], attended_BSH, mixed_BSH)
         return u_BSH if pre else choose_norm(light_BS, self.input_layernorm, self.spectral_norm, u_BSH)
@@ -178,7 +179,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         """Every operator for every token, then one result or a blend of them."""
         light_BS = None
         if self.model.router.keys_values == "routed":
-            light_BS = self._whole_sequence(decision.light_SB.float()).transpose(0, 1) > 0.5
+            light_BS = self.part.whole(decision.light_SB.float()).transpose(0, 1) > 0.5
 
         def attention(y_BSH: Tensor) -> Tensor:
             out_BSH = self.self_attention(y_BSH, context, light_BS)
@@ -201,25 +202,11 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
             return norm(x_BSH + operator(x_BSH))  # type: ignore[no-any-return]
         return x_BSH + operator(norm(x_BSH))  # type: ignore[no-any-return]
 
-    def _whole_sequence(self, part_SB: Tensor) -> Tensor:
-        """What each rank holds for its part of the sequence, put together (no gradient)."""
-        if not self.config.sequence_parallel:
-            return part_SB
-        return gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
-            part_SB.detach().contiguous(), tensor_parallel_output_grad=False, group=self.tp_group
-        )
-
     def _regularise(self, x_BSH: Tensor, decision: RouteDecision, context: ForwardContext) -> Tensor:
         weight = self.model.router.collapse_weight
         if decision.weights_SBO is None or weight == 0.0:
             return x_BSH
-
-        def sum_over_shards(total_O: Tensor) -> Tensor:
-            if not self.config.sequence_parallel:
-                return total_O
-            return reduce_from_tensor_model_parallel_region(total_O, group=self.tp_group)  # type: ignore[no-any-return]
-
-        auxiliary = -weight * blend_entropy(decision.weights_SBO, sum_over_shards)
+        auxiliary = -weight * blend_entropy(decision.weights_SBO, self.part.sum)
         return AddAuxiliaryLoss.apply(x_BSH, auxiliary * context.auxiliary_scale)  # type: ignore[no-any-return,no-untyped-call]
 
 

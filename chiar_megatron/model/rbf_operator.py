@@ -7,7 +7,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from chiar_megatron.config.schema import ModelConfig
@@ -15,11 +14,12 @@ from chiar_megatron.model.feed_forward import FeedForward
 from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.operators.norm import mark_sequence_parallel
 from chiar_megatron.operators.rbf import causal_rbf_mixing, make_omega, rbf_features
+from chiar_megatron.operators.sequence_part import SequencePart
 from chiar_megatron.runtime.device import current_device
 
 
 class RBFOperator(MegatronModule):
-    """`[s, b, h]` to `[s, b, h]`; under sequence parallelism each rank mixes its own queries."""
+    """`[s, b, h]` to `[s, b, h]`; where ranks hold parts of a sequence, each mixes its own queries."""
 
     omega: Tensor
 
@@ -32,7 +32,7 @@ class RBFOperator(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
+        self.part = SequencePart.of(config, pg_collection)
         omega = make_omega(config.hidden_size, model.rbf_features, model.rbf_gamma, seed=layer_number)
         self.register_buffer("omega", omega.to(current_device()))
         self.projection = torch.nn.Linear(
@@ -45,9 +45,9 @@ class RBFOperator(MegatronModule):
         """The operator without residual or norm."""
         phi_SBF = rbf_features(x_SBH, self.omega)
         all_SBF, first = phi_SBF, context.position_offset
-        if self.config.sequence_parallel:
-            all_SBF = gather_from_sequence_parallel_region(phi_SBF, group=self.tp_group)
-            first = get_pg_rank(self.tp_group) * phi_SBF.shape[0]
+        if self.part.group is not None:
+            all_SBF = gather_from_sequence_parallel_region(phi_SBF, group=self.part.group)
+            first = self.part.rank * phi_SBF.shape[0]
         if context.generation is not None:
             seen = context.generation.features_SBF.get(self.layer_number)
             all_SBF = phi_SBF if seen is None else torch.cat((seen, phi_SBF))

@@ -1,4 +1,4 @@
-"""Multi-head causal attention with rotary positions, tensor- and sequence-parallel.
+"""Multi-head causal attention with rotary positions, tensor-, sequence- and context-parallel.
 
 Weights are laid out as in Megatron-LM's GPT (`linear_qkv` grouped by key-value head, `linear_proj`), so
 that its checkpoints convert name for name. Shapes: s sequence, b batch, h hidden, n query heads,
@@ -20,14 +20,12 @@ from torch import Tensor
 
 from chiar_megatron.config.schema import ModelConfig
 from chiar_megatron.operators.context import ForwardContext, LayerCache
-from chiar_megatron.operators.parallel_linear import (
-    enter_tensor_parallel,
-    leave_tensor_parallel,
-    parallel_linear,
-)
+from chiar_megatron.operators.context_parallel import HeadExchange
+from chiar_megatron.operators.parallel_linear import enter_tensor_parallel, parallel_linear
+from chiar_megatron.operators.parallel_rows import enter_rows, leave_rows
 from chiar_megatron.operators.rotary import RotaryEmbedding, rotate, split_and_rotate
 from chiar_megatron.operators.routed_attention import routed_attention
-from chiar_megatron.operators.rows import TokenRows, put_rows, take_rows
+from chiar_megatron.operators.rows import TokenRows, take_rows
 
 
 class SelfAttention(MegatronModule):
@@ -48,6 +46,9 @@ class SelfAttention(MegatronModule):
         self.heads = config.num_attention_heads // tensor_parallel_size
         self.groups = config.num_query_groups // tensor_parallel_size
         self.per_group = self.heads // self.groups
+        self.exchange = None
+        if config.context_parallel_size > 1:
+            self.exchange = HeadExchange(pg_collection.cp, self.heads, self.groups)
         self.rotary = RotaryEmbedding(config.kv_channels, model.rotary_base, model.seq_length)
         query_width = config.num_attention_heads * config.kv_channels
         self.linear_qkv = ColumnParallelLinear(
@@ -77,49 +78,79 @@ class SelfAttention(MegatronModule):
         each token's own, so that no row is empty).
         """
         grouped = self._by_group(parallel_linear(self.linear_qkv, x_BSH))
-        offset = context.position_offset
-        end = offset + grouped.shape[1]
-        positions_S = torch.arange(offset, end, device=x_BSH.device)
-        cos_S1D, sin_S1D = self.rotary(positions_S, end)
+        offset, length = context.position_offset, grouped.shape[1]
+        first = offset + self._first_position(length)
+        positions_S = torch.arange(first, first + length, device=x_BSH.device)
+        cos_S1D, sin_S1D = self.rotary(positions_S, first + length)
         query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D)
-        query_BNSD = query_BSGRD.flatten(2, 3).transpose(1, 2)
+        query_BSND = query_BSGRD.flatten(2, 3)
+        if self.exchange is not None:
+            query_BSND, key_BSGD, value_BSGD = self.exchange.sequences(query_BSND, key_BSGD, value_BSGD)
+        query_BNSD = query_BSND.transpose(1, 2)
         key_BGSD, value_BGSD = key_BSGD.transpose(1, 2), value_BSGD.transpose(1, 2)
         if context.generation is not None:
             key_BGSD, value_BGSD, light_BS = self._extend_cache(key_BGSD, value_BGSD, light_BS, context)
         mask = None
         if offset > 0 or context.document_ids_BS is not None or light_BS is not None:
             mask = visible_keys(query_BNSD, key_BGSD, offset, context.document_ids_BS, light_BS)
-        output_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD, mask)
-        return parallel_linear(self.linear_proj, output_BNSD.transpose(1, 2).flatten(2))
+        output_BSND = self._attend(query_BNSD, key_BGSD, value_BGSD, mask).transpose(1, 2)
+        if self.exchange is not None:
+            output_BSND = self.exchange.tokens(output_BSND)
+        return parallel_linear(self.linear_proj, output_BSND.flatten(2))
 
     def forward_rows(self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool) -> Tensor:
         """Attention's output `[b, s, h]` for the tokens that have a row; for others it means nothing.
 
-        rows: over the whole micro-batch, also under sequence parallelism. routed: only those tokens' keys
+        rows: over the whole micro-batch, also where ranks hold parts of it. routed: only those tokens' keys
         and values are seen, else all tokens'. Only rows get a query, scores and the output projection.
         """
-        full_BSH = enter_tensor_parallel(self.config, self.tp_group, x_BSH)
-        b, s, _ = full_BSH.shape
-        tokens_NH = full_BSH.flatten(0, 1)
-        rows_RH = take_rows(tokens_NH, rows)
-        key_KH = rows_RH if routed else tokens_NH
-        query_weight, query_bias = self._part_of_qkv(slice(0, self.per_group))
-        kv_weight, kv_bias = self._part_of_qkv(slice(self.per_group, self.per_group + 2))
-        query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
-        kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
-        position_R = rows.index_R % s
-        position_K = position_R if routed else torch.arange(b * s, device=x_BSH.device) % s
-        query_RND = rotate(query_RND, *self.rotary(position_R, s))
-        _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, *self.rotary(position_K, s))
+        b, s = x_BSH.shape[0], len(rows.has_row_N) // x_BSH.shape[0]
+        parted = None if self.exchange is None else self.exchange.part(rows, b)
+        own = rows if parted is None else parted.own
+        if routed:
+            key_KH = rows_RH = enter_rows(self.config, self.tp_group, x_BSH, own)
+        else:
+            # Gathered once, for keys and values and for queries too.
+            key_KH = enter_tensor_parallel(self.config, self.tp_group, x_BSH).flatten(0, 1)
+            rows_RH = take_rows(key_KH, own)
+        query_RND, key_KGD, value_KGD = self._project_rows(rows_RH, key_KH, own, b, routed)
+        if self.exchange is not None and parted is not None:
+            query_RND = self.exchange.rows(query_RND, parted)
+            keys_of = parted if routed else None
+            key_KGD, value_KGD = self.exchange.keys_and_values(key_KGD, value_KGD, b, keys_of)
         first_R, last_R = key_ranges(rows, b, s, context.document_ids_BS, routed)
         output_RND = self._attend_rows(query_RND, key_KGD, value_KGD, first_R, last_R)
+        if self.exchange is not None and parted is not None:
+            output_RND = self.exchange.own_rows(output_RND, parted)
         bias = self.linear_proj.bias
         # Added once: to the rows, or where ranks sum their parts, after the sum.
         own_bias = bias if self.config.tensor_model_parallel_size == 1 else None
         partial_RH = F.linear(output_RND.flatten(1), self.linear_proj.weight, own_bias)
-        partial_BSH = put_rows(partial_RH, rows).unflatten(0, (b, s))
-        out_BSH: Tensor = leave_tensor_parallel(self.config, self.tp_group, partial_BSH)
+        out_BSH = leave_rows(self.config, self.tp_group, partial_RH, own, b)
         return out_BSH if bias is None or own_bias is not None else out_BSH + bias
+
+    def _project_rows(
+        self, rows_RH: Tensor, key_KH: Tensor, rows: TokenRows, b: int, routed: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries of rows, and rotated keys and plain values of all tokens (or `routed`, of rows)."""
+        query_weight, query_bias = self._part_of_qkv(slice(0, self.per_group))
+        kv_weight, kv_bias = self._part_of_qkv(slice(self.per_group, self.per_group + 2))
+        query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
+        kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
+        tokens = len(rows.has_row_N)
+        length = tokens // b
+        first = self._first_position(length)
+        position_R = rows.index_R % length + first
+        position_K = position_R
+        if not routed:
+            position_K = torch.arange(tokens, device=rows_RH.device) % length + first
+        query_RND = rotate(query_RND, *self.rotary(position_R, first + length))
+        _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, *self.rotary(position_K, first + length))
+        return query_RND, key_KGD, value_KGD
+
+    def _first_position(self, length: int) -> int:
+        """Where the context-parallel part of `length` tokens that this rank holds begins in its sequence."""
+        return 0 if self.exchange is None else self.exchange.rank * length
 
     def _by_group(self, qkv_BSX: Tensor) -> Tensor:
         """Megatron's layout: for each key-value group its query heads, one key, one value."""
@@ -150,7 +181,7 @@ class SelfAttention(MegatronModule):
             attn_mask=mask,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
             is_causal=mask is None,
-            enable_gqa=self.heads != self.groups,
+            enable_gqa=query_BNSD.shape[1] != key_BGSD.shape[1],
         )
         if not self._drops_own_heads():
             return attend(query_BNSD, key_BGSD, value_BGSD)

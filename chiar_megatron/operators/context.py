@@ -38,7 +38,7 @@ class GenerationState:
 
 @dataclass
 class ForwardContext(PackedSeqParams):
-    """Context of one micro-batch; all tensors cover the whole sequence, also under sequence parallelism.
+    """Context of one micro-batch; all tensors cover whole sequences, also where ranks hold parts of them.
 
     In generation tokens_BS are this call's tokens, document_ids_BS those of all tokens so far.
 
@@ -47,8 +47,8 @@ class ForwardContext(PackedSeqParams):
     forced_light_SB: layer number (from 1) -> bool decisions that replace the router's.
     recorded_light_SB, recorded_score_SB, recorded_entropy_SB: those that are not None are filled by routed
         layers, by layer number (this rank's part of the sequence); entropies only where a router has them.
-    auxiliary_scale: factor of auxiliary losses: the tokens of this micro-batch, since the main loss is
-        a sum over tokens.
+    auxiliary_scale: factor of auxiliary losses: the tokens of this micro-batch (whole sequences), since the
+        main loss is a sum over tokens.
     """
 
     tokens_BS: Tensor | None = None
@@ -73,7 +73,7 @@ class ForwardContext(PackedSeqParams):
 
 
 def sequence_shard(full_SX: Tensor, rank: int, size: int) -> Tensor:
-    """Rows of a `[s, ...]` tensor that sequence parallelism gives to `rank` of `size`."""
+    """Part `rank` of `size` of a `[s, ...]` tensor."""
     if size == 1:
         return full_SX
     return torch.chunk(full_SX, size, dim=0)[rank]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from chiar_megatron.config.schema import MetaRouterConfig
 from chiar_megatron.operators.context import ForwardContext, GenerationState
 from chiar_megatron.operators.linear import Float32Linear
+from chiar_megatron.operators.sequence_part import SequencePart
 from chiar_megatron.runtime.device import current_device
 
 
@@ -28,13 +28,13 @@ class MetaRouter(torch.nn.Module):
         self,
         config: MetaRouterConfig,
         hidden_size: int,
-        sequence_group: dist.ProcessGroup | None,
+        part: SequencePart | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """sequence_group: processes that hold parts of one sequence; None if this one holds it whole."""
+        """part: of each sequence, that this process holds; None: all of it."""
         super().__init__()
         self.config = config
-        self.sequence_group = sequence_group
+        self.part = part or SequencePart()
         device = current_device()
         self.gate_proj = Float32Linear(hidden_size, 1, dtype)
         self.register_buffer("running_mean_H", torch.zeros(hidden_size, device=device))
@@ -89,19 +89,15 @@ class MetaRouter(torch.nn.Module):
     def _batch_mean(self, x_SBH: Tensor) -> Tensor:
         sum_H = x_SBH.sum(dim=(0, 1))
         tokens = x_SBH.shape[0] * x_SBH.shape[1]
-        if self.sequence_group is not None:
+        if self.part.group is not None:
             # Every rank's loss depends on this sum through g: the gradient is summed too.
-            sum_H = dist_functional.all_reduce(sum_H, group=self.sequence_group)
-            tokens *= dist.get_world_size(self.sequence_group)
-        return sum_H / tokens
+            sum_H = dist_functional.all_reduce(sum_H, group=self.part.group)
+        return sum_H / (tokens * self.part.size)
 
     def _prefix_mean(self, x_SBH: Tensor, context: ForwardContext) -> Tensor:
-        s = x_SBH.shape[0]
-        rank, size = 0, 1
-        if self.sequence_group is not None:
-            rank, size = dist.get_rank(self.sequence_group), dist.get_world_size(self.sequence_group)
+        if self.part.group is not None:
             # Its backward sums what every rank's part sends back (torch's own fails in gloo's subgroups).
-            x_SBH = gather_from_sequence_parallel_region(x_SBH, group=self.sequence_group)
+            x_SBH = gather_from_sequence_parallel_region(x_SBH, group=self.part.group)
         if context.document_ids_BS is None:
             sum_SBH = x_SBH.cumsum(dim=0)
             count_SB1 = torch.arange(1, x_SBH.shape[0] + 1, device=x_SBH.device)[:, None, None]
@@ -110,7 +106,7 @@ class MetaRouter(torch.nn.Module):
         if context.generation is not None:
             sum_SBH, count_SB1 = _continue_prefix(sum_SBH, count_SB1, context, context.generation)
         mean_SBH = sum_SBH / count_SB1
-        return mean_SBH[rank * s : (rank + 1) * s] if size > 1 else mean_SBH
+        return self.part.own(mean_SBH)
 
 
 def _new_documents(x_SBH: Tensor, context: ForwardContext) -> Tensor:

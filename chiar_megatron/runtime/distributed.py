@@ -35,6 +35,8 @@ class World:
     pipeline_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    context_parallel_rank: int
+    context_parallel_size: int
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +47,10 @@ class World:
     def is_last_stage(self) -> bool:
         """Whether this process computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
+
+    def context_part(self, whole_BS: torch.Tensor) -> torch.Tensor:
+        """The contiguous part `[b, s / size]` of whole sequences that this context-parallel rank holds."""
+        return whole_BS.chunk(self.context_parallel_size, dim=1)[self.context_parallel_rank]
 
 
 def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, env: ProcessEnv) -> World:
@@ -92,6 +98,8 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, env: ProcessEnv
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
     )
 
 
@@ -129,11 +137,13 @@ def seed_random_streams(seed: int, step: int, world: World) -> None:
 
     Dropout of step n therefore needs no saved generator state: a resumed run draws what an
     uninterrupted one would. The default stream is shared by tensor-parallel ranks (they must drop the
-    same elements of replicated tensors); the model-parallel stream is not.
+    same elements of replicated tensors); the model-parallel stream is not. Parts of a sequence draw as
+    replicas do, each its own.
     """
     from megatron.core.tensor_parallel import random
 
-    place = (seed, step, world.pipeline_rank, world.data_parallel_rank)
+    tokens_of = world.data_parallel_rank * world.context_parallel_size + world.context_parallel_rank
+    place = (seed, step, world.pipeline_rank, tokens_of)
     torch.manual_seed(_hash_to_seed(*place))
     tracker = random.get_cuda_rng_tracker()
     tracker.reset()

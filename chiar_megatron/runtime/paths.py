@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from chiar_megatron.config.routing import has_fixed_rows
-from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.config.schema import ParallelConfig, RunConfig
 
 HOPPER, OLDEST_WITH_KERNELS = (9, 0), (8, 0)
 
@@ -31,19 +31,23 @@ def look_for_kernels(device: torch.device) -> None:
     _runs_kernels = _runs_kernels and torch.cuda.get_device_capability(device) >= OLDEST_WITH_KERNELS
 
 
-def compiles(device: torch.device, tensor_model_parallel_size: int, wanted: bool | None = None) -> bool:
+def holds_whole_layers(parallel: ParallelConfig) -> bool:
+    """Whether one process computes a layer alone, with no other in the midst of it."""
+    return parallel.tensor_model_parallel_size == parallel.context_parallel_size == 1
+
+
+def compiles(device: torch.device, parallel: ParallelConfig, wanted: bool | None = None) -> bool:
     """Whether layers are compiled; wanted: what the recipe says, None where it leaves it open."""
     if wanted is not None:
         return wanted
-    return device.type == "cuda" and has_triton() and tensor_model_parallel_size == 1
+    return device.type == "cuda" and has_triton() and holds_whole_layers(parallel)
 
 
 def replays_steps(config: RunConfig, device: torch.device) -> bool:
     """Whether forward and backward of a step are replayed as a CUDA graph: where all shapes are fixed, one
     process holds whole layers of the whole model, and the recipe does not say otherwise."""
-    parallel = config.parallel
     fixed = "R" not in config.model.schedule or has_fixed_rows(config.model.router)
-    alone = parallel.tensor_model_parallel_size == parallel.pipeline_model_parallel_size == 1
+    alone = holds_whole_layers(config.parallel) and config.parallel.pipeline_model_parallel_size == 1
     able = device.type == "cuda" and kernels_available(device) and fixed and alone
     # A graph may choose other algorithms than the first steps, which run without it.
     able = able and not config.training.deterministic
@@ -87,8 +91,8 @@ def describe_paths(device: torch.device) -> list[tuple[str, str, str]]:
         rows.append(("routed attention", "PyTorch", f"{missing}; costs {cost}"))
         rows.append(("spectral entropy and mixing", "PyTorch", f"{missing}; costs a transform's traffic"))
         rows.append(("cross entropy", "PyTorch", f"{missing}; costs float32 logits"))
-    if compiles(device, 1):
-        rows.append(("layers", "torch.compile", "with tensor_model_parallel_size 1"))
+    if compiles(device, ParallelConfig()):
+        rows.append(("layers", "torch.compile", "where tensor and context parallel size are 1, else eager"))
     else:
         rows.append(("layers", "eager", f"{missing}; runtime.compile=true compiles on a CPU too"))
     optimizer = "fused AdamW of torch, clipping inside it" if on_gpu else "AdamW of torch"

@@ -71,9 +71,12 @@ class DecisionReplay:
 
 
 def _whole_sequence(part_SB: Tensor, batch: TokenBatch) -> Tensor:
-    if part_SB.shape[0] == batch.tokens_BS.shape[1]:
+    size = batch.tokens_BS.shape[1] // part_SB.shape[0]
+    if size == 1:
         return part_SB
-    group = parallel_state.get_tensor_model_parallel_group()
-    parts = [torch.empty_like(part_SB) for _ in range(dist.get_world_size(group))]
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    if dist.get_world_size(group) != size:  # tensor-parallel ranks hold the same part
+        group = parallel_state.get_context_parallel_group()
+    parts = [torch.empty_like(part_SB) for _ in range(size)]
     dist.all_gather(parts, part_SB.contiguous(), group=group)
     return torch.cat(parts)

@@ -97,8 +97,7 @@ class MegatronEngine:
             use_side_stream()
         self.module = build_model(config, world)
         initialize_parameters(self.module, config.training.seed)
-        tensor_parallel_size = config.parallel.tensor_model_parallel_size
-        self.compiles = compiles(world.device, tensor_parallel_size, config.runtime.compile)
+        self.compiles = compiles(world.device, config.parallel, config.runtime.compile)
         if self.compiles:
             self.module.compile_parts()
         self.model = DistributedDataParallel(
@@ -107,7 +106,7 @@ class MegatronEngine:
         self.optimizer = build_optimizer(config, self.model)
         self.learning_rate = LearningRate(config.optimizer, self.optimizer)
         self.module.config.no_sync_func = self.model.no_sync
-        self.forward_step = ForwardStep(world.device, recorder, replay)
+        self.forward_step = ForwardStep(world, recorder, replay)
         self.forward_backward = get_forward_backward_func()
         self._train_pass: Pass = partial(self._run, forward_only=False)
         if graphed:

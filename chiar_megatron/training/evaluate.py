@@ -246,20 +246,21 @@ class _Sums:
 class _WindowStep:
     """megatron-core's forward step function: one batch of windows through this stage."""
 
-    def __init__(self, model: ChiarModel, device: torch.device) -> None:
-        self.device = device
-        self.light_L = torch.zeros(model.config.num_layers + 1, dtype=torch.int64, device=device)
+    def __init__(self, model: ChiarModel, world: World) -> None:
+        self.world = world
+        self.light_L = torch.zeros(model.config.num_layers + 1, dtype=torch.int64, device=world.device)
 
     def __call__(
         self, batches: Iterator[TokenBatch], model: ChiarModel
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         """(output of this stage, function from the last stage's output to its loss)."""
         batch = next(batches)
-        tokens_BS, mask_BS = batch.tokens_BS.to(self.device), batch.loss_mask_BS.to(self.device)
+        device, part = self.world.device, self.world.context_part
+        tokens_BS, mask_BS = batch.tokens_BS.to(device), part(batch.loss_mask_BS.to(device))
         context = ForwardContext(tokens_BS=tokens_BS, recorded_light_SB={})
         if batch.document_ids_BS is not None:
-            context.document_ids_BS = batch.document_ids_BS.to(self.device)
-        output = model(tokens_BS, context, labels=batch.labels_BS.to(self.device))
+            context.document_ids_BS = batch.document_ids_BS.to(device)
+        output = model(part(tokens_BS), context, labels=part(batch.labels_BS.to(device)))
         for layer, light_SB in (context.recorded_light_SB or {}).items():
             self.light_L[layer] += (light_SB.transpose(0, 1) & mask_BS.bool()).sum()
         return output, partial(_sum_nats, mask_BS)
@@ -279,7 +280,7 @@ def _sum_over_windows(
     own = windows[world.data_parallel_rank :: world.data_parallel_size]
     largest_share = -(-len(windows) // world.data_parallel_size)
     rows = min(config.training.micro_batch_size, largest_share)
-    step = _WindowStep(model, world.device)
+    step = _WindowStep(model, world)
     starts = range(0, len(own), rows)
     progress = tqdm(starts, desc="evaluate", disable=not (world.is_main and sys.stderr.isatty()), leave=False)
     batches = (window_batch(text, own[i : i + rows], rows, config.model.mask_documents) for i in progress)
@@ -295,7 +296,7 @@ def _sum_over_windows(
             forward_only=True,
         )
     sums = torch.zeros(2 + len(step.light_L), dtype=torch.float64, device=world.device)
-    if world.tensor_parallel_rank == 0:  # tensor-parallel ranks count alike, stages hold different layers
+    if world.tensor_parallel_rank == 0:  # these count alike; other parts and stages count their own
         sums[2:] = step.light_L
         if reports and world.is_last_stage:
             sums[:2] = torch.stack(reports).sum(0)

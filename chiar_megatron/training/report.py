@@ -30,6 +30,7 @@ def describe(config: RunConfig, world: World) -> list[str]:
     model, parallel, training = config.model, config.parallel, config.training
     count = parameter_count(model)
     layout = [f"tensor {world.tensor_parallel_size}{' with sequence' if parallel.sequence_parallel else ''}"]
+    layout += [f"context {world.context_parallel_size}"] if world.context_parallel_size > 1 else []
     layout += [f"pipeline {world.pipeline_size}", f"data {world.data_parallel_size}"]
     if parallel.distributed_optimizer:
         layout.append("distributed optimizer")
@@ -41,7 +42,7 @@ def describe(config: RunConfig, world: World) -> list[str]:
     if "R" in model.schedule:
         lines.append(_routing_line(model, training))
     lines += [f"{part}: {path} ({why})" for part, path, why in describe_paths(world.device)]
-    if compiles(world.device, parallel.tensor_model_parallel_size, config.runtime.compile):
+    if compiles(world.device, parallel, config.runtime.compile):
         lines.append("layers are compiled at the first step")
     if replays_steps(config, world.device):
         lines.append("forward and backward are replayed as one CUDA graph from the fourth step on")

@@ -34,12 +34,12 @@ class Requests:
 
 
 class ForwardStep:
-    """megatron-core's forward step function, with this run's device, recorder and replay."""
+    """megatron-core's forward step function, with this run's place, recorder and replay."""
 
     def __init__(
-        self, device: torch.device, recorder: DecisionRecorder | None, replay: DecisionReplay | None
+        self, world: World, recorder: DecisionRecorder | None, replay: DecisionReplay | None
     ) -> None:
-        self.device = device
+        self.world = world
         self.recorder = recorder
         self.replay = replay
 
@@ -58,17 +58,18 @@ class ForwardStep:
         if record:
             context.recorded_light_SB, context.recorded_score_SB = {}, {}
         if self.replay is not None and model.training:
-            context.forced_light_SB = self.replay.for_batch(batch, self.device)
-        output = model(tokens_BS, context, labels=labels_BS)
+            context.forced_light_SB = self.replay.for_batch(batch, self.world.device)
+        own_BS, labels_BS, mask_BS = map(self.world.context_part, (tokens_BS, labels_BS, mask_BS))
+        output = model(own_BS, context, labels=labels_BS)
         if record and self.recorder is not None:
             self.recorder.add(context, batch)
         return output, partial(_sum_loss, mask_BS)
 
     def _moved(self, x_BS: Tensor) -> Tensor:
         """On the device, from pinned memory: else the host would wait for all the device has yet to do."""
-        if x_BS.device.type == self.device.type:
+        if x_BS.device.type == self.world.device.type:
             return x_BS
-        return x_BS.pin_memory().to(self.device, non_blocking=True)
+        return x_BS.pin_memory().to(self.world.device, non_blocking=True)
 
 
 def _sum_loss(mask_BS: Tensor, losses_TBS: Tensor) -> tuple[Tensor, Tensor, Tensor]:

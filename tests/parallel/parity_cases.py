@@ -117,12 +117,13 @@ CASES: dict[str, RunConfig] = {
 
 
 def _layout(
-    tensor: int = 1, sequence: bool = False, pipeline: int = 1, sharded: bool = False
+    tensor: int = 1, sequence: bool = False, pipeline: int = 1, sharded: bool = False, context: int = 1
 ) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
         sequence_parallel=sequence,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
         distributed_optimizer=sharded,
     )
 
@@ -138,12 +139,15 @@ LAYOUTS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
         "TP=2": (_layout(tensor=2), _ONE_STAGE),
         "TP=2+SP": (_layout(tensor=2, sequence=True), tuple(CASES)),
         "PP=2": (_layout(pipeline=2), tuple(CASES)),
+        "CP=2": (_layout(context=2), tuple(CASES)),
         "DP=2": (_layout(), (_TWIN, _KEYS, *_COUNTED)),
         "DP=2, distributed optimizer": (_layout(sharded=True), (_TWIN, _SOFT, *_COUNTED)),
     },
     4: {
         "TP=2 PP=2": (_layout(tensor=2, pipeline=2), _TWO_STAGES),
         "TP=2+SP PP=2": (_layout(tensor=2, sequence=True, pipeline=2), (_TWIN, _KEYS, _SOFT)),
+        "TP=2 CP=2": (_layout(tensor=2, context=2), _ONE_STAGE),
+        "TP=2+SP CP=2": (_layout(tensor=2, sequence=True, context=2), tuple(CASES)),
         "TP=4+SP": (_layout(tensor=4, sequence=True), ("entropy",)),
         "PP=4": (_layout(pipeline=4), ("entropy",)),
     },

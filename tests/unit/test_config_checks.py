@@ -23,6 +23,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
 
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+CP = "parallel__context_parallel_size"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,14 @@ TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_paral
          "not divisible by parallel.tensor_model_parallel_size 2; use 254 or 256"),
         ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel: true needs "
          "parallel.tensor_model_parallel_size above 1"),
-        ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size: 2 is not built yet; use 1"),
+        ({CP: 3, "model__seq_length": 300}, "parallel.context_parallel_size: 3 does not divide the 4 query "
+         "heads of a process (model.num_attention_heads 4 / tensor_model_parallel_size 1); use a divisor of 4"),
+        ({CP: 4, TP: 2}, "parallel.context_parallel_size: 4 does not divide the 2 query heads of a process "
+         "(model.num_attention_heads 4 / tensor_model_parallel_size 2); use a divisor of 2"),
+        ({CP: 2, "model__seq_length": 255}, "model.seq_length: 255 is not divisible by "
+         "parallel.context_parallel_size 2; use 254 or 256"),
+        ({CP: 2, TP: 2, "parallel__sequence_parallel": True, "model__seq_length": 258}, "model.seq_length: "
+         "258 is not divisible by tensor 2 × context 2 parallel size = 4; use 256 or 260"),
         ({PP: 3}, "model.schedule: 'D R*2 A', number of layers: 4 is not divisible by "
          "parallel.pipeline_model_parallel_size 3; use 3 or 6"),
         ({PP: 8}, "model.schedule: 'D R*2 A', number of layers: 4 is not divisible by "
@@ -112,6 +120,7 @@ def test_check_names_field_value_limit_and_remedy(fields: dict[str, Any], messag
         {PP: 4, "model__tie_embeddings": True},
         {TP: 2, "parallel__sequence_parallel": True},
         {"model__num_query_groups": 2, TP: 2},
+        {"model__num_query_groups": 2, TP: 2, CP: 2, "parallel__sequence_parallel": True},  # 1 group, 2 ranks
         {"data__train": ["0.7", "a", "0.3", "b"]},
         {"data__train": ["a", "b", "./2024"]},
         {"data__skip_samples": ["0:0", "10:20"]},

@@ -21,7 +21,7 @@ S, B, H = 10, 3, 8
 
 def build(pooling: str, decay: float = 0.9) -> MetaRouter:
     """A MetaRouter with random weights."""
-    meta_router = MetaRouter(MetaRouterConfig(pooling=pooling, decay=decay), H, None)
+    meta_router = MetaRouter(MetaRouterConfig(pooling=pooling, decay=decay), H)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in meta_router.parameters():

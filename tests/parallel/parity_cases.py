@@ -87,8 +87,9 @@ CASES: dict[str, RunConfig] = {
         RouterConfig(kind="learned", keys_values="routed"),
         _pooling("running"),
         hidden_size=36,
-        num_attention_heads=6,
-        num_query_groups=2,
+        num_attention_heads=12,
+        kv_channels=4,
+        num_query_groups=6,  # 3 on a rank of TP=2: divided by no other even number
         mask_documents=True,
     ),
     "entropy_gated, routed keys": _case(
@@ -113,6 +114,16 @@ CASES: dict[str, RunConfig] = {
         RouterConfig(kind="hard", operators=RBF, collapse_weight=0.5), OFF, norm="pre", tie_embeddings=False
     ),
     "random": _case(RouterConfig(kind="random"), _pooling("running"), vocab_size=302),
+    # 64 rows of attention for 192 tokens, of which half are light at first: a third overflows.
+    "learned, capacity": _case(RouterConfig(kind="learned", target=0.25), _pooling("running"), seq_length=96),
+    "entropy, capacity, routed keys, masked documents": _case(
+        RouterConfig(kind="entropy", target=0.25, keys_values="routed"),
+        OFF,
+        seq_length=96,
+        norm="pre",
+        num_query_groups=2,
+        mask_documents=True,
+    ),
 }
 
 
@@ -128,6 +139,7 @@ def _layout(
     )
 
 
+CAPACITY = ("learned, capacity", "entropy, capacity, routed keys, masked documents")
 _TWIN, _KEYS, _SOFT = "twin", "learned, routed keys, masked documents", "soft, RBF, collapse"
 # Where replicas must count together: the running and the batch mean, U of each micro-batch.
 _COUNTED = ("entropy", "entropy, h=33, GQA", "hard, collapse, z-loss")
@@ -140,12 +152,18 @@ LAYOUTS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
         "TP=2+SP": (_layout(tensor=2, sequence=True), tuple(CASES)),
         "PP=2": (_layout(pipeline=2), tuple(CASES)),
         "CP=2": (_layout(context=2), tuple(CASES)),
-        "DP=2": (_layout(), (_TWIN, _KEYS, *_COUNTED)),
+        "DP=2": (_layout(), (_TWIN, _KEYS, *_COUNTED, "learned, capacity")),
         "DP=2, distributed optimizer": (_layout(sharded=True), (_TWIN, _SOFT, *_COUNTED)),
     },
     4: {
         "TP=2 PP=2": (_layout(tensor=2, pipeline=2), _TWO_STAGES),
         "TP=2+SP PP=2": (_layout(tensor=2, sequence=True, pipeline=2), (_TWIN, _KEYS, _SOFT)),
+        "CP=4": (_layout(context=4), ("twin, pre, SwiGLU, GQA, untied, z-loss", _KEYS, *CAPACITY)),
+        "CP=2 PP=2": (_layout(context=2, pipeline=2), (_SOFT, *CAPACITY)),
+        "CP=2 DP=2, distributed optimizer": (
+            _layout(context=2, sharded=True),
+            ("hard, collapse, z-loss", "learned, capacity"),
+        ),
         "TP=2 CP=2": (_layout(tensor=2, context=2), _ONE_STAGE),
         "TP=2+SP CP=2": (_layout(tensor=2, sequence=True, context=2), tuple(CASES)),
         "TP=4+SP": (_layout(tensor=4, sequence=True), ("entropy",)),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chiar_megatron.config.schema import ParallelConfig, RunConfig
 from tests.parallel.harness import run_ranks
-from tests.parallel.parity_cases import CASES, LAYOUTS, RBF, calibrated, one_process
+from tests.parallel.parity_cases import CAPACITY, CASES, LAYOUTS, RBF, calibrated, one_process
 from tests.parallel.workers_parity import STEPS, Answer, Piece, start_layout, train_case
 
 TOLERANCE = 1e-5  # of the loss in nats, and of the gradient norm relative to it
@@ -167,6 +167,11 @@ def test_the_decisions_are_mixed(references, case):
     assert 0.2 <= light <= 0.8
 
 
+@pytest.mark.parametrize("case", CAPACITY)
+def test_rows_overflow_where_they_are_few(references, case):
+    assert min(references[case].answer.overflows[0]) > 0.2
+
+
 @pytest.mark.parametrize(("size", "layout", "case"), RUNS)
 def test_trains_as_one_process_does(launches, references, largest, size, layout, case):
     ranks = launches.of(size, layout, case)["replayed"]
@@ -184,6 +189,7 @@ def test_trains_as_one_process_does(launches, references, largest, size, layout,
     assert norm_error <= TOLERANCE
     assert answer.z_losses == pytest.approx(reference.z_losses, abs=TOLERANCE)
     assert answer.fractions == reference.fractions
+    assert answer.overflows == reference.overflows
     if reference.gates[0] is not None:
         assert answer.gates == pytest.approx(reference.gates, abs=TOLERANCE)
 

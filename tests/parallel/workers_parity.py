@@ -46,6 +46,7 @@ class Answer:
     grad_norms: list[float] = field(default_factory=list)
     gates: list[Optional[float]] = field(default_factory=list)
     fractions: list[list[float]] = field(default_factory=list)
+    overflows: list[list[float]] = field(default_factory=list)
     initial: dict[str, Piece] = field(default_factory=dict)
     gradients: dict[str, Piece] = field(default_factory=dict)
     light: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -109,6 +110,7 @@ def train_case(
         answer.grad_norms.append(result.grad_norm)
         answer.gates.append(result.sums.gate)
         answer.fractions.append(result.sums.routing.routed_fraction)
+        answer.overflows.append(result.sums.routing.overflow_fraction)
         if step == 0 and not config.parallel.distributed_optimizer:
             answer.gradients = {name: _piece(p, p.main_grad, world) for name, p in _named(engine)}
     answer.light, answer.scores = recorder.light, recorder.scores
@@ -131,13 +133,18 @@ def train_jobs(jobs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, An
             world, current = start_layout(config.parallel, config), config.parallel
         try:
             answers[job["layout"], job["case"]] = {
-                "replayed": train_case(config, world, STEPS, Path(job["decisions"])),
+                "replayed": train_case(config, world, STEPS, _replay(config, job)),
                 "free": train_case(config, world, 1, None),
             }
         except Exception as error:
             where = f"case {job['case']} in layout {job['layout']}"
             raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
     return answers
+
+
+def _replay(config: RunConfig, job: dict[str, Any]) -> Optional[Path]:
+    """The one process's decisions, but where a capacity cuts them: forced ones it would leave whole."""
+    return Path(job["decisions"]) if config.model.router.target is None else None
 
 
 def _tensor_parallel_group() -> tuple[int, ...]:

@@ -28,11 +28,11 @@ from tests.parallel.workers_parity import DOCUMENT_END, STEPS, Answer, train_cas
 OFF = MetaRouterConfig(enabled=False)
 
 
-def _pooling(kind: Any) -> MetaRouterConfig:
+def pooling(kind: Any) -> MetaRouterConfig:
     return MetaRouterConfig(pooling=kind, decay=0.5, bias_init=0.5)
 
 
-def _case(
+def make_case(
     router: RouterConfig, meta: MetaRouterConfig, z_loss: float = 0.0, eps: float = 1e-5, **model: Any
 ) -> RunConfig:
     """A resolved recipe; weights are large, so that every token matters to those after it.
@@ -56,8 +56,8 @@ RBF: Any = "spectral_attention_rbf"
 _PRE_SWIGLU: dict[str, Any] = dict(norm="pre", normalization="RMSNorm", activation="swiglu")
 
 CASES: dict[str, RunConfig] = {
-    "twin": _case(RouterConfig(), OFF, eps=1e-8, schedule="A*4"),
-    "twin, pre, SwiGLU, GQA, untied, z-loss": _case(
+    "twin": make_case(RouterConfig(), OFF, eps=1e-8, schedule="A*4"),
+    "twin, pre, SwiGLU, GQA, untied, z-loss": make_case(
         RouterConfig(),
         OFF,
         z_loss=1e-2,
@@ -66,57 +66,59 @@ CASES: dict[str, RunConfig] = {
         num_query_groups=2,
         **_PRE_SWIGLU,
     ),
-    "entropy": _case(RouterConfig(kind="entropy"), _pooling("running"), eps=1e-8),
-    "entropy, h=33, GQA": _case(
+    "entropy": make_case(RouterConfig(kind="entropy"), pooling("running"), eps=1e-8),
+    "entropy, h=33, GQA": make_case(
         RouterConfig(kind="entropy", dc_power_weight=2.0),
-        _pooling("batch"),
+        pooling("batch"),
         hidden_size=33,
         kv_channels=6,
         num_query_groups=2,
         mask_documents=True,
     ),
-    "learned, pre, SwiGLU, untied": _case(
+    "learned, pre, SwiGLU, untied": make_case(
         RouterConfig(kind="learned"),
-        _pooling("batch"),
+        pooling("batch"),
         z_loss=1e-2,
         schedule="R D R A",
         tie_embeddings=False,
         **_PRE_SWIGLU,
     ),
-    "learned, routed keys, masked documents": _case(
+    "learned, routed keys, masked documents": make_case(
         RouterConfig(kind="learned", keys_values="routed"),
-        _pooling("running"),
+        pooling("running"),
         hidden_size=36,
         num_attention_heads=12,
         kv_channels=4,
         num_query_groups=6,  # 3 on a rank of TP=2: divided by no other even number
         mask_documents=True,
     ),
-    "entropy_gated, routed keys": _case(
+    "entropy_gated, routed keys": make_case(
         RouterConfig(kind="entropy_gated", keys_values="routed"),
-        _pooling("causal"),
+        pooling("causal"),
         normalization="RMSNorm",
         add_bias=False,
     ),
-    "entropy_gated, masked documents": _case(
-        RouterConfig(kind="entropy_gated"), _pooling("causal"), norm="pre", mask_documents=True
+    "entropy_gated, masked documents": make_case(
+        RouterConfig(kind="entropy_gated"), pooling("causal"), norm="pre", mask_documents=True
     ),
-    "soft, RBF, collapse": _case(
-        RouterConfig(kind="soft", operators=RBF, collapse_weight=0.5), _pooling("running")
+    "soft, RBF, collapse": make_case(
+        RouterConfig(kind="soft", operators=RBF, collapse_weight=0.5), pooling("running")
     ),
-    "soft, pre, RBF, masked documents": _case(
-        RouterConfig(kind="soft", operators=RBF), _pooling("batch"), mask_documents=True, **_PRE_SWIGLU
+    "soft, pre, RBF, masked documents": make_case(
+        RouterConfig(kind="soft", operators=RBF), pooling("batch"), mask_documents=True, **_PRE_SWIGLU
     ),
-    "hard, collapse, z-loss": _case(
-        RouterConfig(kind="hard", collapse_weight=0.5), _pooling("causal"), z_loss=1e-2
+    "hard, collapse, z-loss": make_case(
+        RouterConfig(kind="hard", collapse_weight=0.5), pooling("causal"), z_loss=1e-2
     ),
-    "hard, pre, RBF": _case(
+    "hard, pre, RBF": make_case(
         RouterConfig(kind="hard", operators=RBF, collapse_weight=0.5), OFF, norm="pre", tie_embeddings=False
     ),
-    "random": _case(RouterConfig(kind="random"), _pooling("running"), vocab_size=302),
+    "random": make_case(RouterConfig(kind="random"), pooling("running"), vocab_size=302),
     # 64 rows of attention for 192 tokens, of which half are light at first: a third overflows.
-    "learned, capacity": _case(RouterConfig(kind="learned", target=0.25), _pooling("running"), seq_length=96),
-    "entropy, capacity, routed keys, masked documents": _case(
+    "learned, capacity": make_case(
+        RouterConfig(kind="learned", target=0.25), pooling("running"), seq_length=96
+    ),
+    "entropy, capacity, routed keys, masked documents": make_case(
         RouterConfig(kind="entropy", target=0.25, keys_values="routed"),
         OFF,
         seq_length=96,

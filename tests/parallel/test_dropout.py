@@ -1,4 +1,4 @@
-"""Dropout under tensor parallelism: copies drop alike, what ranks share out is dropped independently."""
+"""Dropout under tensor and context parallelism: copies drop alike, what ranks share out is dropped independently."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.parallel.parity_cases import CASES
 LAYOUTS = {
     "TP=2": ParallelConfig(tensor_model_parallel_size=2),
     "TP=2+SP": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "CP=2": ParallelConfig(context_parallel_size=2),
     "DP=2": ParallelConfig(),
 }
 
@@ -58,7 +59,7 @@ def test_replicated_values_stay_equal_without_sequence_parallelism(probes):
 
 def test_columns_and_heads_have_masks_of_their_own(probes):
     """Equal masks on both ranks would drop the two halves of a layer together."""
-    for layout in ("TP=2", "TP=2+SP"):
+    for layout in ("TP=2", "TP=2+SP", "CP=2"):
         (first, *_), (other, *_) = (rank[layout] for rank in probes)
         for place in places(first, "inner"):
             agree = (dropped(first[place]) == dropped(other[place])).float().mean()
@@ -69,7 +70,7 @@ def test_columns_and_heads_have_masks_of_their_own(probes):
         assert 0.3 < agree < 0.85
 
 
-@pytest.mark.parametrize("layout", ["TP=2+SP", "DP=2"])
+@pytest.mark.parametrize("layout", ["TP=2+SP", "CP=2", "DP=2"])
 def test_parts_of_the_sequence_and_replicas_have_masks_of_their_own(probes, layout):
     (first, *_), (other, *_) = (rank[layout] for rank in probes)
     for place in places(first, "embedding", "output"):

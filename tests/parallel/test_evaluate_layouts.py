@@ -57,7 +57,8 @@ def cases(folder: Path, batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("processes", "layouts", "batch_sizes"), [(2, [(2, 1), (1, 2), (1, 1)], (3, 64)), (4, [(2, 2)], (4,))]
+    ("processes", "layouts", "batch_sizes"),
+    [(2, [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 1)], (3, 64)), (4, [(2, 2, 1), (2, 1, 2)], (4,))],
 )
 def test_every_layout_gives_the_figures_of_one_process(folder, processes, layouts, batch_sizes):
     world = single_process_world("cpu")

@@ -26,6 +26,7 @@ ONE: dict[str, Sections] = {
 TWO: dict[str, Sections] = {
     "tp2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "cp2": {"parallel": {"context_parallel_size": 2}},
     "dp2": {},
     "dp2-distributed": {"parallel": {"distributed_optimizer": True}},
     "dp2-distributed-bf16": {"parallel": {"distributed_optimizer": True}, "training": {"precision": "bf16"}},
@@ -40,12 +41,18 @@ DISTRIBUTED: Sections = {"parallel": {"distributed_optimizer": True}}
 MOVES: dict[str, tuple[Sections, Sections]] = {
     "to tp2": ({}, TWO["tp2"]),
     "to pp2": ({}, TWO["pp2"]),
+    "to cp2": ({}, TWO["cp2"]),
     "to dp2": ({}, {}),
     "to dp2 distributed": (DISTRIBUTED, DISTRIBUTED),
     "to tp2 distributed": (
         DISTRIBUTED,
         {"parallel": {"tensor_model_parallel_size": 2, "distributed_optimizer": True}},
     ),
+}
+# What two processes train and then continue, context-parallel only before.
+FROM_CP: dict[str, Sections] = {
+    "from cp2": {"parallel": {"context_parallel_size": 2}},
+    "from cp2 distributed": {"parallel": {"context_parallel_size": 2, "distributed_optimizer": True}},
 }
 
 # What the finished dp2 run cannot continue with, and what is said.
@@ -69,7 +76,7 @@ def pair(data: str, folder: Path, name: str, options: Sections) -> dict[str, Any
 
 
 def moved_first(data: str, folder: Path, name: str, before: Sections) -> dict[str, Any]:
-    """On one process: the whole run with its decisions recorded, and its first half."""
+    """The whole run with its decisions recorded, and its first half."""
     record: Sections = {"runtime": {"record_decisions": f"{folder}/{name}/decisions"}}
     return {
         f"{name} whole": recipe(data, folder / name / "whole", NO_DROPOUT, before, record),
@@ -78,7 +85,7 @@ def moved_first(data: str, folder: Path, name: str, before: Sections) -> dict[st
 
 
 def moved_second(data: str, folder: Path, name: str, after: Sections) -> dict[str, Any]:
-    """On two processes: the second half with the first run's decisions."""
+    """The second half, in another layout, with the first run's decisions."""
     replay: Sections = {"runtime": {"replay_decisions": f"{folder}/{name}/decisions"}}
     return {f"{name} second": recipe(data, folder / name / "parts", NO_DROPOUT, after, replay)}
 
@@ -109,10 +116,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         together |= pair(data, folder, name, options)
     for name, (_, after) in MOVES.items():
         together |= moved_second(data, folder, name, after)
+    for name, before in FROM_CP.items():
+        together |= moved_first(data, folder, name, before)
+        after = DISTRIBUTED if "distributed" in name else {}
+        together |= moved_second(data, folder, name, after)
     for name, (_, options) in REFUSED.items():
         together[f"refused {name}"] = recipe(data, folder / "dp2" / "whole", options)
     together |= init_from(data, folder)
-    answers = run_ranks(RUN_ALL, 2, {"recipes": together}, timeout=200)
+    answers = run_ranks(RUN_ALL, 2, {"recipes": together}, timeout=240)
     endings |= {name: [answer[name] for answer in answers] for name in together}
     return folder, endings
 
@@ -136,7 +147,7 @@ def test_the_comparison_sees_other_bits(runs: tuple[Path, dict[str, Any]]) -> No
     assert before.keys() == last.keys() and before != last
 
 
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("name", [*MOVES, *FROM_CP])
 def test_another_layout_goes_on_within_rounding(runs: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, endings = runs
     assert endings[f"{name} second"] == [Ending(exit_code=0)] * 2

@@ -37,7 +37,7 @@ def probe(config: RunConfig, layouts: dict[str, ParallelConfig]) -> dict[str, li
             seed_random_streams(config.training.seed, step, world)
             seen.append({})
             with torch.no_grad():
-                model(ids_BS, ForwardContext(tokens_BS=ids_BS))
+                model(world.context_part(ids_BS), ForwardContext(tokens_BS=ids_BS))
         answers[name] = seen
     return answers
 

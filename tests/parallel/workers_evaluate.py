@@ -15,12 +15,16 @@ from chiar_megatron.training.evaluate import EvaluationSettings, evaluate
 
 
 def evaluations(
-    layouts: list[tuple[int, int]], settings: list[dict[str, Any]]
+    layouts: list[tuple[int, int, int]], settings: list[dict[str, Any]]
 ) -> list[list[dict[str, Any] | str]]:
-    """Every evaluation in every layout (tensor, pipeline; data parallel is the rest), or the error."""
+    """Every evaluation in every layout (tensor, pipeline, context; data parallel is the rest), or the error."""
     answers = []
-    for tensor, pipeline in layouts:
-        parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    for tensor, pipeline, context in layouts:
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+        )
         world = initialize(parallel, RuntimeConfig(device="cpu"), read_process_env())
         answers.append([_one(EvaluationSettings(**setting), parallel, world) for setting in settings])
         parallel_state.destroy_model_parallel()

@@ -40,7 +40,7 @@ CP = "parallel__context_parallel_size"
         ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel: true needs "
          "parallel.tensor_model_parallel_size above 1"),
         ({CP: 3, "model__seq_length": 300}, "parallel.context_parallel_size: 3 does not divide the 4 query "
-         "heads of a process (model.num_attention_heads 4 / tensor_model_parallel_size 1); use a divisor of 4"),
+         "heads of a process (model.num_attention_heads 4 / tensor_model_parallel_size 1); use a divisor"),
         ({CP: 4, TP: 2}, "parallel.context_parallel_size: 4 does not divide the 2 query heads of a process "
          "(model.num_attention_heads 4 / tensor_model_parallel_size 2); use a divisor of 2"),
         ({CP: 2, "model__seq_length": 255}, "model.seq_length: 255 is not divisible by "

@@ -194,7 +194,8 @@ def evaluate(settings: EvaluationSettings, parallel: ParallelConfig, world: Worl
     """Evaluate a checkpoint on a text, by all processes together; every one gets the figures.
 
     Raises CheckpointError if the checkpoint is missing or damaged, DataError for text or tokenizer (see
-    `read_text`), ConfigError for settings, ChiarError if the loss is not finite.
+    `read_text`), ConfigError for settings and for a text too short to be shared, ChiarError if the loss is
+    not finite.
     """
     config = evaluation_config(settings, parallel, world.size)
     folder = resolve_checkpoint(Path(settings.checkpoint))
@@ -209,6 +210,12 @@ def evaluate(settings: EvaluationSettings, parallel: ParallelConfig, world: Worl
     window = config.model.seq_length
     stride = max(1, window // 2) if settings.stride is None else settings.stride
     windows = slide(len(text.ids_N) - 1, window, stride)
+    length = windows[0].last
+    if length % parallel.context_parallel_size:
+        raise ConfigError(
+            f"--context-parallel: {parallel.context_parallel_size} does not divide the text's {length} "
+            "tokens, which are fewer than a window; use 1"
+        )
     sums = _sum_over_windows(module, text, windows, config, world)
     loss = sums.nats / sums.tokens
     if not math.isfinite(loss):

@@ -1,4 +1,4 @@
-"""Dropout under tensor and context parallelism: copies drop alike, what ranks share out is dropped independently."""
+"""Dropout under tensor and context parallelism: copies drop alike, all else is dropped independently."""
 
 from __future__ import annotations
 

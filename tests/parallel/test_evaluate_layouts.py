@@ -70,6 +70,9 @@ def test_every_layout_gives_the_figures_of_one_process(folder, processes, layout
     for rank, by_layout in enumerate(answers):
         for layout, (*found, three_layers) in zip(layouts, by_layout, strict=True):
             for own, wanted in zip(found, expected, strict=True):
+                if layout[2] == 2 and wanted["window"] == 1000:  # an odd number of tokens in all
+                    assert own.startswith("--context-parallel: 2 does not divide the text's"), own
+                    continue
                 where = (rank, layout, wanted["checkpoint"])
                 assert own.pop("loss") == pytest.approx(wanted["loss"], abs=1e-5), where
                 assert own == {key: value for key, value in wanted.items() if key != "loss"}, where

@@ -17,7 +17,7 @@ from chiar_megatron.training.evaluate import EvaluationSettings, evaluate
 def evaluations(
     layouts: list[tuple[int, int, int]], settings: list[dict[str, Any]]
 ) -> list[list[dict[str, Any] | str]]:
-    """Every evaluation in every layout (tensor, pipeline, context; data parallel is the rest), or the error."""
+    """Every evaluation in every layout (tensor, pipeline, context; the rest is data), or the error."""
     answers = []
     for tensor, pipeline, context in layouts:
         parallel = ParallelConfig(

@@ -25,8 +25,9 @@ from chiar_megatron.model.feed_forward import FeedForward
 from chiar_megatron.model.rbf_operator import RBFOperator
 from chiar_megatron.operators.attention import SelfAttention
 from chiar_megatron.operators.context import ForwardContext, sequence_shard
-from chiar_megatron.operators.norm import Norm, choose_norm, mark_sequence_parallel
-from chiar_megatron.operators.rows import TokenRows
+from chiar_megatron.operators.norm import Norm, add_and_norm, choose_norm, mark_sequence_parallel
+from chiar_megatron.operators.routed_update import can_fuse_update, fused_update
+from chiar_megatron.operators.rows import TokenRows, take_rows
 from chiar_megatron.operators.spectral_mixing import SpectralMixing
 from chiar_megatron.routing.decision import RouteDecision
 from chiar_megatron.routing.dispatch import can_skip, dispatch_dense, light_rows
@@ -124,7 +125,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         else:
             u_BSH = self._residual(self.spectral_norm, x_BSH, self.spectral)
         if self.model.norm == "post":
-            return self.pre_mlp_layernorm(u_BSH + self.mlp(u_BSH))  # type: ignore[no-any-return]
+            return add_and_norm(self.pre_mlp_layernorm, u_BSH, self.mlp(u_BSH))
         return u_BSH + self.mlp(self.pre_mlp_layernorm(u_BSH))  # type: ignore[no-any-return]
 
     def _routed(self, x_BSH: Tensor, context: ForwardContext) -> Tensor:
@@ -164,6 +165,13 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         light_BS = kept_SB.transpose(0, 1)
         pre = self.model.norm == "pre"
         routed_keys = self.model.router.keys_values == "routed"
+        if not pre and can_fuse_update(x_BSH, rows, self.spectral_norm, self.config):
+            attended_RH = self.self_attention.attend_rows(x_BSH, rows, context, routed_keys)
+            if decision.gate_SB is not None:
+                gate_R = take_rows(decision.gate_SB.transpose(0, 1).flatten(), rows)
+                attended_RH = attended_RH * gate_R[:, None].to(x_BSH.dtype)
+            norms = (self.spectral_norm, self.input_layernorm)
+            return fused_update(x_BSH, attended_RH, self.spectral.weight, rows, norms)
         attended_BSH = self.self_attention.forward_rows(
             self.input_layernorm(x_BSH) if pre else x_BSH, rows, context, routed_keys
         )
@@ -198,7 +206,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
 
     def _residual(self, norm: torch.nn.Module, x_BSH: Tensor, operator: Any) -> Tensor:
         if self.model.norm == "post":
-            return norm(x_BSH + operator(x_BSH))  # type: ignore[no-any-return]
+            return add_and_norm(norm, x_BSH, operator(x_BSH))
         return x_BSH + operator(norm(x_BSH))  # type: ignore[no-any-return]
 
     def _whole_sequence(self, part_SB: Tensor) -> Tensor:

@@ -99,6 +99,15 @@ class SelfAttention(MegatronModule):
         and values are seen, else all tokens'. Only rows get a query, scores and the output projection.
         """
         full_BSH = enter_tensor_parallel(self.config, self.tp_group, x_BSH)
+        partial_RH = self.attend_rows(full_BSH, rows, context, routed)
+        partial_BSH = put_rows(partial_RH, rows).unflatten(0, full_BSH.shape[:2])
+        out_BSH: Tensor = leave_tensor_parallel(self.config, self.tp_group, partial_BSH)
+        bias = self.linear_proj.bias
+        return out_BSH if bias is None or self.config.tensor_model_parallel_size == 1 else out_BSH + bias
+
+    def attend_rows(self, full_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool) -> Tensor:
+        """The rows `[R, h]` of `forward_rows`, of all tokens `[b, whole s, h]`; where ranks share the heads,
+        their part of a sum that lacks the output's bias."""
         b, s, _ = full_BSH.shape
         tokens_NH = full_BSH.flatten(0, 1)
         rows_RH = take_rows(tokens_NH, rows)
@@ -108,18 +117,14 @@ class SelfAttention(MegatronModule):
         query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
         kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
         position_R = rows.index_R % s
-        position_K = position_R if routed else torch.arange(b * s, device=x_BSH.device) % s
+        position_K = position_R if routed else torch.arange(b * s, device=full_BSH.device) % s
         query_RND = rotate(query_RND, *self.rotary(position_R, s))
         _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, *self.rotary(position_K, s))
         first_R, last_R = key_ranges(rows, b, s, context.document_ids_BS, routed)
-        output_RND = self._attend_rows(query_RND, key_KGD, value_KGD, first_R, last_R)
-        bias = self.linear_proj.bias
-        # Added once: to the rows, or where ranks sum their parts, after the sum.
-        own_bias = bias if self.config.tensor_model_parallel_size == 1 else None
-        partial_RH = F.linear(output_RND.flatten(1), self.linear_proj.weight, own_bias)
-        partial_BSH = put_rows(partial_RH, rows).unflatten(0, (b, s))
-        out_BSH: Tensor = leave_tensor_parallel(self.config, self.tp_group, partial_BSH)
-        return out_BSH if bias is None or own_bias is not None else out_BSH + bias
+        output_RND = self._softmax_rows(query_RND, key_KGD, value_KGD, first_R, last_R)
+        # The bias is added once: to the rows, or where ranks sum their parts, after the sum.
+        bias = self.linear_proj.bias if self.config.tensor_model_parallel_size == 1 else None
+        return F.linear(output_RND.flatten(1), self.linear_proj.weight, bias)
 
     def _by_group(self, qkv_BSX: Tensor) -> Tensor:
         """Megatron's layout: for each key-value group its query heads, one key, one value."""
@@ -133,7 +138,7 @@ class SelfAttention(MegatronModule):
         part_weight = weight.unflatten(0, shape)[:, part].flatten(0, 2)
         return part_weight, None if bias is None else bias.unflatten(0, shape)[:, part].flatten()
 
-    def _attend_rows(
+    def _softmax_rows(
         self, q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor
     ) -> Tensor:
         dropout = self.config.attention_dropout if self.training else 0.0

@@ -42,15 +42,19 @@ class Norm:
         return norm
 
 
-def add_and_norm(norm: Any, x_XYH: Tensor, y_XYH: Tensor) -> Tensor:
-    """`norm(x + y)`, norm by `Norm`; in training by one kernel on CUDA in half precision."""
+def add_and_norm(
+    norm: Any, x_XYH: Tensor, y_XYH: Tensor, bias_H: Tensor | None = None, users: int = 1
+) -> tuple[Tensor, ...]:
+    """`norm(x + y + bias)`, norm by `Norm`, once for each of 1 or 2 users; in training by one kernel on CUDA
+    in half precision, which then adds the users' gradients too."""
     if not (norm.training and fuses_norms(x_XYH)):
-        out_XYH: Tensor = norm(x_XYH + y_XYH)
-        return out_XYH
+        y_XYH = y_XYH if bias_H is None else y_XYH + bias_H
+        return (norm(x_XYH + y_XYH),) * users
     from chiar_megatron.operators.kernels.residual_norm import residual_norm
 
-    out_NH = residual_norm(x_XYH.flatten(0, 1), y_XYH.flatten(0, 1), norm_parameters(norm))
-    return out_NH.view(x_XYH.shape)
+    tokens = x_XYH.flatten(0, 1), y_XYH.flatten(0, 1)
+    outputs = residual_norm(*tokens, bias_H, norm_parameters(norm), users)
+    return tuple(out_NH.view(x_XYH.shape) for out_NH in outputs)
 
 
 def fuses_norms(x: Tensor) -> bool:

@@ -22,13 +22,21 @@ def can_fuse_update(x_BSH: Tensor, rows: TokenRows, norm: Any, config: Transform
 
 
 def fused_update(
-    x_BSH: Tensor, attended_RH: Tensor, filter_H: Tensor, rows: TokenRows, norms: tuple[Any, Any]
-) -> Tensor:
-    """`N(x + attended)` for tokens with a row, `N(x + spectral_mixing(x))` for the others, [b, s, h].
+    tokens: tuple[Tensor, Tensor],
+    rows: TokenRows,
+    parameters: tuple[Tensor, Tensor | None],
+    norms: tuple[Any, Any],
+    users: int,
+) -> tuple[Tensor, ...]:
+    """`N(x + attended + bias)` for tokens with a row, `N(x + spectral_mixing(x))` for the others, [b, s, h],
+    once for each of 1 or 2 users.
 
-    norms (by `Norm`): that of tokens without a row, then that of those with one.
+    tokens: x [b, s, h] and attended [R, h]. parameters: filter and bias [h]. norms (by `Norm`): that of
+    tokens without a row, then that of those with one.
     """
-    from chiar_megatron.operators.kernels.routed_update import routed_update
+    from chiar_megatron.operators.kernels.routed_update import UpdateParameters, routed_update
 
-    parameters = [norm_parameters(norm) for norm in norms]
-    return routed_update(x_BSH.flatten(0, 1), attended_RH, filter_H, rows, parameters).view(x_BSH.shape)
+    x_BSH, attended_RH = tokens
+    own = UpdateParameters(*parameters, *map(norm_parameters, norms))
+    outputs = routed_update(x_BSH.flatten(0, 1), attended_RH, rows, own, users)
+    return tuple(out_NH.view(x_BSH.shape) for out_NH in outputs)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from chiar_megatron.operators.kernels import residual_norm as kernel  # noqa: E402
-from chiar_megatron.operators.kernels.routed_update import routed_update  # noqa: E402
+from chiar_megatron.operators.kernels.routed_update import UpdateParameters, routed_update  # noqa: E402
 from chiar_megatron.operators.rows import TokenRows, put_rows, rows_of  # noqa: E402
 from chiar_megatron.operators.spectral_mixing import spectral_mixing  # noqa: E402
 
@@ -36,13 +36,10 @@ def parameters(h: int, centred: bool, seed: int) -> list[torch.Tensor | None]:
 
 
 def assert_same(actual, expected, leaves, tolerance=1e-5):
-    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
+    grads = [torch.randn(e.shape, generator=torch.Generator().manual_seed(i)) for i, e in enumerate(expected)]
     used = [x for x in leaves if x is not None]
-    for a, b in zip(
-        [actual, *torch.autograd.grad(actual, used, grad)],
-        [expected, *torch.autograd.grad(expected, used, grad)],
-        strict=True,
-    ):
+    found = [*actual, *torch.autograd.grad(actual, used, grads)]
+    for a, b in zip(found, [*expected, *torch.autograd.grad(expected, used, grads)], strict=True):
         largest = max([1.0, *b.abs().flatten().tolist()])
         torch.testing.assert_close(a, b, atol=tolerance * largest, rtol=0)
 
@@ -51,9 +48,17 @@ def assert_same(actual, expected, leaves, tolerance=1e-5):
 @pytest.mark.parametrize(("n", "h"), [(0, 64), (1, 64), (7, 96), (130, 1000), (5, 2048)])
 def test_dense(n, h, centred):
     x, y = leaf(n, h, seed=1), leaf(n, h, seed=2)
-    weight, bias = parameters(h, centred, 3)
-    out = kernel.residual_norm(x, y, kernel.NormParameters(weight, bias, EPS))
-    assert_same(out, norm_of(x + y, weight, bias), [x, y, weight, bias])
+    weight, shift = parameters(h, centred, 3)
+    bias = leaf(h, seed=5) if n != 7 else None
+    out = kernel.residual_norm(x, y, bias, kernel.NormParameters(weight, shift, EPS))
+    expected = norm_of(x + y + (0 if bias is None else bias), weight, shift)
+    assert_same(out, [expected], [x, y, weight, shift, bias])
+
+
+def test_two_users():
+    x, y, weight = leaf(9, 96, seed=1), leaf(9, 96, seed=2), leaf(96, seed=3, shift=1.0)
+    out = kernel.residual_norm(x, y, None, kernel.NormParameters(weight, None, EPS), users=2)
+    assert_same(out, [norm_of(x + y, weight, None)] * 2, [x, y, weight])
 
 
 def listed(chosen: torch.Tensor, capacity: int) -> TokenRows:
@@ -76,30 +81,36 @@ def test_routed(n, h, share, centred):
     rows = listed(chosen, capacity)
     x, attended, filters = leaf(n, h, seed=1), leaf(capacity, h, seed=2), leaf(h, seed=3)
     norms = [parameters(h, centred, 4), parameters(h, centred, 6)]
-    out = routed_update(x, attended, filters, rows, [kernel.NormParameters(*norm, EPS) for norm in norms])
-    mixed = spectral_mixing(x, filters)
-    u = x + torch.where(chosen[:, None], put_rows(attended, rows), mixed)
+    bias = leaf(h, seed=8) if n != 9 else None
+    both = [kernel.NormParameters(*norm, EPS) for norm in norms]
+    users = 1 + (n == 70)
+    out = routed_update(x, attended, rows, UpdateParameters(filters, bias, *both), users)
+    biased = attended if bias is None else attended + bias
+    u = x + torch.where(chosen[:, None], put_rows(biased, rows), spectral_mixing(x, filters))
     expected = torch.where(chosen[:, None], norm_of(u, *norms[1]), norm_of(u, *norms[0]))
+    leaves = [x, attended, filters, bias, *norms[0], *norms[1]]
     # The kernel of spectral mixing multiplies bfloat16, whatever the tokens' type.
-    assert_same(out, expected, [x, attended, filters, *norms[0], *norms[1]], tolerance=2e-2)
+    assert_same(out, [expected] * users, leaves, tolerance=2e-2)
 
 
 def test_unused_rows_have_no_gradient_and_ops_keep_their_contract():
     n, h = 6, 64
     chosen = torch.tensor([True, False, True, False, False, True])
     rows = listed(chosen, 5)
-    x, attended, filters = leaf(n, h, seed=1), leaf(5, h, seed=2), leaf(h, seed=3)
+    x, attended, filters, bias = (leaf(*shape, seed=len(shape)) for shape in ((n, h), (5, h), (h,), (h,)))
     norms = [kernel.NormParameters(*parameters(h, True, seed), EPS) for seed in (4, 6)]
-    out = routed_update(x, attended, filters, rows, norms)
+    (out,) = routed_update(x, attended, rows, UpdateParameters(filters, bias, *norms))
     out.square().sum().backward()
     assert not attended.grad[3:].any() and attended.grad[:3].abs().sum(1).all()
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    dense = (x.detach(), x.detach(), norms[0].weight.detach(), norms[0].bias.detach(), EPS)
-    op = torch.ops.chiar_megatron.residual_norm
-    assert set(torch.library.opcheck(op, dense, test_utils=checks).values()) == {"SUCCESS"}
+    ops, checks = torch.ops.chiar_megatron, ("test_schema", "test_faketensor")
+    x, attended, filters, bias = (t.detach() for t in (x, attended, filters, bias))
     places = [rows.slot_N, rows.has_row_N, rows.valid_R, rows.rest_N, rows.rest_count]
-    weights = [p.detach() for p in (filters, norms[0].weight, norms[1].weight)]
-    biases = [norm.bias.detach() for norm in norms]
-    routed = (x.detach(), attended.detach(), places, weights, *biases, EPS)
-    op = torch.ops.chiar_megatron.routed_update
-    assert set(torch.library.opcheck(op, routed, test_utils=checks).values()) == {"SUCCESS"}
+    four = [p.detach() for norm in norms for p in norm[:2]]
+    for op, arguments in [
+        (ops.residual_norm, (x, x, bias, *four[:2], EPS)),
+        (ops.residual_norm_backward, ([x, x], x, *four[:2], EPS)),
+        (ops.routed_update, ([x, attended, filters], places, bias, four, EPS)),
+        (ops.routed_update_backward, ([x, x], [x, x, filters], places, four, EPS)),
+    ]:
+        results = torch.library.opcheck(op, arguments, test_utils=checks)
+        assert set(results.values()) == {"SUCCESS"}, results

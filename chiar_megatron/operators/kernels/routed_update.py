@@ -4,12 +4,10 @@ Light tokens take their row of attention, the others are mixed here. Forward: mi
 Backward the other way round, the spectral path's gradient added in place to what the residual left.
 """
 
-# Ops are registered by annotations that must not be strings in disguise.
-# mypy: disable-error-code="untyped-decorator"
-
 from __future__ import annotations
 
-from typing import Any, Optional
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -17,99 +15,108 @@ from torch import Tensor
 from chiar_megatron.operators.kernels.residual_norm import (
     NormParameters,
     Source,
+    contiguous_grads,
+    for_users,
+    like,
     norm_backward,
     norm_forward,
-    parameter_grads,
 )
 from chiar_megatron.operators.kernels.spectral import mix, mix_backward
 from chiar_megatron.operators.rows import TokenRows
 
 
-def routed_update(
-    x_NH: Tensor, attended_RH: Tensor, filter_H: Tensor, rows: TokenRows, norms: list[NormParameters]
-) -> Tensor:
-    """`N(x + attended)` for tokens with a row, `N(x + spectral_mixing(x))` for the others, [N, H].
+class UpdateParameters(NamedTuple):
+    """filter of spectral mixing and bias of attention's output (or None), [H]; the norm of tokens without a
+    row, then that of those with one."""
 
-    norms: that of tokens without a row, then that of those with one. rows must have listed both.
-    Gradients to x, attended, the filter and both norms; those of unused rows are 0.
+    filter: Tensor
+    bias: Optional[Tensor]
+    dark: NormParameters
+    light: NormParameters
+
+
+def routed_update(
+    x_NH: Tensor, attended_RH: Tensor, rows: TokenRows, parameters: UpdateParameters, users: int = 1
+) -> tuple[Tensor, ...]:
+    """`N(x + attended + bias)` for tokens with a row, `N(x + spectral_mixing(x))` for the others, [N, H],
+    once for each of 1 or 2 users, whose gradients are added on the way.
+
+    rows must have listed the tokens without one. Gradients to x, attended and all parameters; those of
+    unused rows are 0.
     """
     assert rows.rest_N is not None and rows.rest_count is not None
-    (dark, dark_bias, eps), (light, light_bias, _) = norms
-    places = [rows.slot_N, rows.has_row_N, rows.valid_R, rows.rest_N, rows.rest_count]
-    parameters = [filter_H, dark, light]
-    out, _ = _update_op(x_NH, attended_RH, places, parameters, dark_bias, light_bias, eps)
-    return out  # type: ignore[no-any-return]
+    places = (rows.slot_N, rows.has_row_N, rows.valid_R, rows.rest_N, rows.rest_count)
+    (filters, bias, dark, light) = parameters
+    return _RoutedUpdate.apply(  # type: ignore[no-any-return,no-untyped-call]
+        users, dark.eps, x_NH, attended_RH, *places, filters, bias, *dark[:2], *light[:2]
+    )
 
 
-def _norms(
-    parameters: list[Tensor], dark_bias: Optional[Tensor], light_bias: Optional[Tensor], eps: float
-) -> list[NormParameters]:
-    return [NormParameters(parameters[1], dark_bias, eps), NormParameters(parameters[2], light_bias, eps)]
+def _norms(tensors: Sequence[Optional[Tensor]], eps: float) -> list[NormParameters]:
+    """From weight and bias of both, in order."""
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return [NormParameters(weight, bias, eps) for weight, bias in pairs if weight is not None]
 
 
 @torch.library.custom_op("chiar_megatron::routed_update", mutates_args=())
-def _update_op(
-    x: Tensor,
-    attended: Tensor,
-    places: list[Tensor],
-    parameters: list[Tensor],
-    dark_bias: Optional[Tensor],
-    light_bias: Optional[Tensor],
+def _forward_op(
+    tensors: Sequence[Tensor],
+    places: Sequence[Tensor],
+    bias: Optional[Tensor],
+    norms: Sequence[Optional[Tensor]],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """Output and the sum before the norms; tensors: x, attended, filter."""
+    x, attended, filters = tensors
     x = x.contiguous()
-    mixed = mix(x, parameters[0], places[3], places[4])
-    norms = _norms(parameters, dark_bias, light_bias, eps)
-    return norm_forward(x, mixed, attended.contiguous(), Source(*places[:3]), norms)
+    mixed = mix(x, filters, places[3], places[4])
+    source = Source(*places[:3])
+    return norm_forward((x, mixed, bias), attended.contiguous(), source, _norms(norms, eps))
 
 
 @torch.library.custom_op("chiar_megatron::routed_update_backward", mutates_args=())
-def _update_backward_op(
-    grad: Tensor,
-    saved: list[Tensor],
-    places: list[Tensor],
-    parameters: list[Tensor],
-    dark_bias: Optional[Tensor],
-    light_bias: Optional[Tensor],
+def _backward_op(
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    places: Sequence[Tensor],
+    norms: Sequence[Optional[Tensor]],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, attended and filter, and the norms' `[4, H]`; saved: x and u."""
-    norms = _norms(parameters, dark_bias, light_bias, eps)
-    dx, rows, sums = norm_backward(grad.contiguous(), saved[1], Source(*places[:3]), norms)
-    by_filter = mix_backward(dx, saved[0], parameters[0], (places[3], places[4]), dx)
-    return dx, rows, by_filter, sums
+    """Gradients to x, attended and filter, and the sums of `norm_backward`; tensors: x, u, filter."""
+    x, u, filters = tensors
+    dx, rows, sums = norm_backward(contiguous_grads(grads), u, Source(*places[:3]), _norms(norms, eps))
+    return dx, rows, mix_backward(dx, x, filters, (places[3], places[4]), dx), sums
 
 
-@_update_op.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@_forward_op.register_fake
+def _(tensors: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    x = tensors[0]
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@_update_backward_op.register_fake
+@_backward_op.register_fake
 def _(
-    grad: Tensor, saved: list[Tensor], places: list[Tensor], *_: Any
+    grads: Sequence[Tensor], tensors: Sequence[Tensor], places: Sequence[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, width = saved[0], saved[0].shape[1]
+    x, width = tensors[0], tensors[0].shape[1]
     by_filter = x.new_empty(width, dtype=torch.float32)
-    sums = x.new_empty(4, width, dtype=torch.float32)
+    sums = x.new_empty(5, width, dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(len(places[2]), width), by_filter, sums
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, places, parameters, dark_bias, light_bias, ctx.eps = inputs
-    ctx.save_for_backward(x, output[1], *places, *parameters, dark_bias, light_bias)
+class _RoutedUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, users: int, eps: float, x: Tensor, attended: Tensor, *rest: Any) -> Any:
+        places, (filters, bias, *norms) = rest[:5], rest[5:]
+        out, u = _forward_op([x, attended, filters], places, bias, norms, eps)
+        ctx.save_for_backward(x, u, *rest)
+        ctx.eps = eps
+        return for_users(out, users)
 
-
-def _grads(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    x, u, *others = ctx.saved_tensors
-    places, parameters, (dark_bias, light_bias) = others[:5], others[5:8], others[8:]
-    dx, rows, by_filter, sums = _update_backward_op(
-        grad, [x, u], places, parameters, dark_bias, light_bias, ctx.eps
-    )
-    dark, by_dark_bias = parameter_grads(sums[:2], parameters[1], dark_bias)
-    light, by_light_bias = parameter_grads(sums[2:], parameters[2], light_bias)
-    by_parameters = [by_filter.to(parameters[0].dtype), dark, light]
-    return dx, rows, [None] * 5, by_parameters, by_dark_bias, by_light_bias, None
-
-
-_update_op.register_autograd(_grads, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
+        x, u, *rest = ctx.saved_tensors
+        places, (filters, bias, *norms) = rest[:5], rest[5:]
+        dx, rows, by_filter, sums = _backward_op(grads, [x, u, filters], places, norms, ctx.eps)
+        by_norms = [like(line, parameter) for line, parameter in zip(sums, norms, strict=False)]
+        return None, None, dx, rows, *[None] * 5, like(by_filter, filters), like(sums[4], bias), *by_norms

@@ -45,12 +45,12 @@ class Subset(NamedTuple):
 
 # Best of a sweep on one H100 (bf16, 32768 x 1024).
 DEFAULTS = {
-    "entropy": Tuning(4, 4, 3, 2, 0),
+    "entropy": Tuning(1, 1, 4, 8, 0),
     "mixing": Tuning(1, 1, 3, 8, 0),
-    "mixing_subset": Tuning(4, 4, 2, 2, 0),
+    "mixing_subset": Tuning(1, 1, 3, 8, 0),
     "entropy_and_mixing": Tuning(1, 1, 3, 8, 0),
     "backward": Tuning(1, 1, 3, 8, 0),
-    "backward_subset": Tuning(4, 4, 2, 2, 0),
+    "backward_subset": Tuning(1, 1, 4, 8, 0),
 }
 # Programs where there are no multiprocessors: the interpreter's few blocks then share programs too.
 INTERPRETED_PROGRAMS = 3

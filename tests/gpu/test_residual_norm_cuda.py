@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels would not run on the device", allow_module_level=True)
 
 from chiar_megatron.operators.kernels.residual_norm import NormParameters, residual_norm
-from chiar_megatron.operators.kernels.routed_update import routed_update
+from chiar_megatron.operators.kernels.routed_update import UpdateParameters, routed_update
 from chiar_megatron.operators.kernels.select_rows import select_rows
 from chiar_megatron.operators.rows import TokenRows, put_rows
 from chiar_megatron.operators.spectral_mixing import spectral_mixing
@@ -40,14 +40,14 @@ def assert_close(leaves, compute, reference):
 @pytest.mark.parametrize(("n", "h"), [(4099, 96), (4099, 1000), (32768, 1024), (515, 8192)])
 def test_dense(n, h):
     torch.manual_seed(h)
-    leaves = [leaf(n, h), leaf(n, h), leaf(h, shift=1.0), leaf(h)]
+    leaves = [leaf(n, h), leaf(n, h), leaf(h), leaf(h, shift=1.0), leaf(h)]
 
-    def compute(x, y, weight, bias):
-        return residual_norm(x, y, NormParameters(weight, bias, EPS))
+    def compute(x, y, bias, *norm):
+        first, second = residual_norm(x, y, bias, NormParameters(*norm, EPS), users=2)
+        return first + second
 
-    def reference(x, y, weight, bias):
-        # The sum is rounded, as it is where no kernel runs.
-        return F.layer_norm(x + y, (h,), weight, bias, EPS)
+    def reference(x, y, bias, weight, shift):
+        return 2 * F.layer_norm(x + y + bias, (h,), weight, shift, EPS)
 
     assert_close(leaves, compute, reference)
 
@@ -62,15 +62,16 @@ def test_routed(h, share):
     kept, slot, index, rest, counts = select_rows(light, torch.rand(n, device="cuda"), capacity)
     valid = torch.arange(capacity, device="cuda") < counts[0]
     rows = TokenRows(index, valid, slot, kept, rest, counts[1:])
-    leaves = [leaf(n, h), leaf(capacity, h), leaf(h, shift=1.0)]
+    leaves = [leaf(n, h), leaf(capacity, h), leaf(h, shift=1.0), leaf(h)]
     leaves += [leaf(h, shift=1.0), leaf(h), leaf(h, shift=1.0), leaf(h)]
 
-    def compute(x, attended, filters, *norms):
+    def compute(x, attended, filters, bias, *norms):
         both = [NormParameters(*norms[:2], EPS), NormParameters(*norms[2:], EPS)]
-        return torch.compile(routed_update, dynamic=False)(x, attended, filters, rows, both)
+        parameters = UpdateParameters(filters, bias, *both)
+        return torch.compile(routed_update, dynamic=False)(x, attended, rows, parameters)[0]
 
-    def reference(x, attended, filters, *norms):
-        u = x + torch.where(kept[:, None], put_rows(attended, rows), spectral_mixing(x, filters))
+    def reference(x, attended, filters, bias, *norms):
+        u = x + torch.where(kept[:, None], put_rows(attended + bias, rows), spectral_mixing(x, filters))
         dark, own = (F.layer_norm(u, (h,), *norms[at : at + 2], EPS) for at in (0, 2))
         return torch.where(kept[:, None], own, dark)
 

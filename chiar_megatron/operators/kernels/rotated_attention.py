@@ -43,7 +43,8 @@ def rotated_attention(
 
 def _sequences(kv: Tensor, cos: Tensor) -> Tensor:
     """Keys `[b, s, g, 1, d]` of keys and values, s as long as the table of angles."""
-    return kv.unflatten(0, (-1, len(cos)))[:, :, :, KEY]
+    keys: Tensor = kv.unflatten(0, (-1, len(cos)))[:, :, :, KEY]
+    return keys
 
 
 def _rows(q: Tensor) -> Tensor:

@@ -21,15 +21,31 @@ class CopiedGradients:
 
     def __init__(self, run: Pass, module: torch.nn.Module) -> None:
         self.run = run
-        self.collects = False
-        self.targets: list[Tensor] = []
-        self.gradients: list[Tensor] = []
+        self.collected = _Collected()
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._collect)
+                parameter.register_post_accumulate_grad_hook(self.collected.add)
 
-    def _collect(self, parameter: Tensor) -> None:
-        if not self.collects:
+    def __call__(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """What `run` returns."""
+        self.collected.wanted = len(batches) == 1
+        reports = self.run(batches)
+        self.collected.copy()
+        return reports
+
+
+class _Collected:
+    """Gradients of one backward pass. Parameters hold it by their hooks, where Python's collector does not
+    look: it must not know of the engine, which would never be freed."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.targets: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    def add(self, parameter: Tensor) -> None:
+        """Autograd's hook, called once a parameter's gradient is complete."""
+        if not self.wanted:
             return
         assert parameter.grad is not None
         self.targets.append(parameter.main_grad)  # type: ignore[attr-defined]
@@ -37,12 +53,9 @@ class CopiedGradients:
         # megatron-core's hook comes next: it adds only what is not there, and lets go of the gradient.
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
 
-    def __call__(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """What `run` returns."""
-        self.collects = len(batches) == 1
-        reports = self.run(batches)
-        if self.collects:
-            with torch.no_grad():
-                torch._foreach_copy_(self.targets, self.gradients)
-            self.targets, self.gradients = [], []
-        return reports
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Write all of them, and forget them."""
+        if self.targets:
+            torch._foreach_copy_(self.targets, self.gradients)
+        self.targets, self.gradients = [], []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -17,13 +20,17 @@ MODEL = {
 }  # fmt: skip
 
 
-def figures_of(copied: bool, micro_batches: int, precision: str) -> list[tuple[float, float]]:
+def engine_of(copied: bool, micro_batches: int, precision: str) -> MegatronEngine:
     training = {"precision": precision, "global_batch_size": 2 * micro_batches, "micro_batch_size": 2}
     fields = {"model": MODEL, "training": {**training, "steps": 10}}
     config = resolve_config(config_from_dict(fields), vocab_size=None, eod_token=0)
     engine = MegatronEngine(config, single_process_world("cpu"))
     if copied:
         engine._train_pass = CopiedGradients(engine._train_pass, engine.module)
+    return engine
+
+
+def figures_of(engine: MegatronEngine, micro_batches: int) -> list[tuple[float, float]]:
     figures = []
     for step in range(3):
         ids = torch.randint(128, (micro_batches, 2, 17), generator=torch.Generator().manual_seed(step))
@@ -41,5 +48,15 @@ def figures_of(copied: bool, micro_batches: int, precision: str) -> list[tuple[f
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_steps_are_the_same(precision, micro_batches):
-    plain, copied = (figures_of(copied, micro_batches, precision) for copied in (False, True))
+    engines = (engine_of(copied, micro_batches, precision) for copied in (False, True))
+    plain, copied = (figures_of(engine, micro_batches) for engine in engines)
     assert copied == plain
+
+
+def test_an_engine_is_freed():
+    engine = engine_of(True, 1, "bf16")
+    figures_of(engine, 1)
+    parameter = weakref.ref(next(engine.module.parameters()))
+    del engine
+    gc.collect()
+    assert parameter() is None

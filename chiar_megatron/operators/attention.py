@@ -8,6 +8,7 @@ g key-value groups, d head size; `n` and `g` are this tensor-parallel rank's.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from chiar_megatron.config.schema import ModelConfig
 from chiar_megatron.operators.context import ForwardContext, LayerCache
-from chiar_megatron.operators.context_parallel import HeadExchange
+from chiar_megatron.operators.context_parallel import HeadExchange, PartedRows
 from chiar_megatron.operators.parallel_linear import enter_tensor_parallel, parallel_linear
 from chiar_megatron.operators.parallel_rows import enter_rows, leave_rows
-from chiar_megatron.operators.rotary import RotaryEmbedding, rotate, split_and_rotate
-from chiar_megatron.operators.routed_attention import routed_attention
+from chiar_megatron.operators.rotary import RotaryEmbedding, split_and_rotate
+from chiar_megatron.operators.routed_attention import rotated_attention
 from chiar_megatron.operators.rows import TokenRows, take_rows
 
 
@@ -71,15 +72,22 @@ class SelfAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, x_BSH: Tensor, context: ForwardContext, light_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSH: Tensor,
+        context: ForwardContext,
+        light_BS: Tensor | None = None,
+        biased: bool = True,
+    ) -> Tensor:
         """Attention's output `[b, s, h]` (this rank's part of the sequence, as the input).
 
         light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
-        each token's own, so that no row is empty).
+        each token's own, so that no row is empty). biased: False leaves the output's bias to the caller.
         """
         grouped = self._by_group(parallel_linear(self.linear_qkv, x_BSH))
         offset, length = context.position_offset, grouped.shape[1]
-        first = offset + self._first_position(length)
+        # A context-parallel rank holds the part of each sequence that begins here.
+        first = offset if self.exchange is None else self.exchange.rank * length
         positions_S = torch.arange(first, first + length, device=x_BSH.device)
         cos_S1D, sin_S1D = self.rotary(positions_S, first + length)
         query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D)
@@ -96,7 +104,7 @@ class SelfAttention(MegatronModule):
         output_BSND = self._attend(query_BNSD, key_BGSD, value_BGSD, mask).transpose(1, 2)
         if self.exchange is not None:
             output_BSND = self.exchange.tokens(output_BSND)
-        return parallel_linear(self.linear_proj, output_BSND.flatten(2))
+        return parallel_linear(self.linear_proj, output_BSND.flatten(2), biased)
 
     def forward_rows(self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool) -> Tensor:
         """Attention's output `[b, s, h]` for the tokens that have a row; for others it means nothing.
@@ -104,7 +112,7 @@ class SelfAttention(MegatronModule):
         rows: over the whole micro-batch, also where ranks hold parts of it. routed: only those tokens' keys
         and values are seen, else all tokens'. Only rows get a query, scores and the output projection.
         """
-        b, s = x_BSH.shape[0], len(rows.has_row_N) // x_BSH.shape[0]
+        b = x_BSH.shape[0]
         parted = None if self.exchange is None else self.exchange.part(rows, b)
         own = rows if parted is None else parted.own
         if routed:
@@ -113,44 +121,58 @@ class SelfAttention(MegatronModule):
             # Gathered once, for keys and values and for queries too.
             key_KH = enter_tensor_parallel(self.config, self.tp_group, x_BSH).flatten(0, 1)
             rows_RH = take_rows(key_KH, own)
-        query_RND, key_KGD, value_KGD = self._project_rows(rows_RH, key_KH, own, b, routed)
-        if self.exchange is not None and parted is not None:
-            query_RND = self.exchange.rows(query_RND, parted)
-            keys_of = parted if routed else None
-            key_KGD, value_KGD = self.exchange.keys_and_values(key_KGD, value_KGD, b, keys_of)
-        first_R, last_R = key_ranges(rows, b, s, context.document_ids_BS, routed)
-        output_RND = self._attend_rows(query_RND, key_KGD, value_KGD, first_R, last_R)
-        if self.exchange is not None and parted is not None:
-            output_RND = self.exchange.own_rows(output_RND, parted)
+        # The bias is added once: to the rows, or where ranks sum their parts, after the sum.
         bias = self.linear_proj.bias
-        # Added once: to the rows, or where ranks sum their parts, after the sum.
         own_bias = bias if self.config.tensor_model_parallel_size == 1 else None
-        partial_RH = F.linear(output_RND.flatten(1), self.linear_proj.weight, own_bias)
+        partial_RH = self._project_and_attend(rows_RH, key_KH, rows, b, context, own_bias, parted)
         out_BSH = leave_rows(self.config, self.tp_group, partial_RH, own, b)
         return out_BSH if bias is None or own_bias is not None else out_BSH + bias
 
-    def _project_rows(
-        self, rows_RH: Tensor, key_KH: Tensor, rows: TokenRows, b: int, routed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries of rows, and rotated keys and plain values of all tokens (or `routed`, of rows)."""
+    def attend_rows(
+        self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool, biased: bool
+    ) -> Tensor:
+        """The rows `[R, h]` of `forward_rows` where one process has all tokens and heads. biased: with the
+        output's bias."""
+        tokens_NH = x_BSH.flatten(0, 1)
+        rows_RH = take_rows(tokens_NH, rows)
+        bias = self.linear_proj.bias if biased else None
+        key_KH = rows_RH if routed else tokens_NH
+        return self._project_and_attend(rows_RH, key_KH, rows, x_BSH.shape[0], context, bias)
+
+    def _project_and_attend(
+        self,
+        rows_RH: Tensor,
+        key_KH: Tensor,
+        rows: TokenRows,
+        b: int,
+        context: ForwardContext,
+        bias_H: Tensor | None,
+        parted: PartedRows | None = None,
+    ) -> Tensor:
+        """From rows `[R, h]` of b sequences to their outputs; where ranks share the heads, to this rank's
+        part of a sum.
+
+        key_KH: what keys and values are made of, all tokens or (the same tensor) the rows. parted: given,
+        both are this context-parallel rank's, as is the output, while `rows` are those of all.
+        """
+        routed = key_KH is rows_RH
         query_weight, query_bias = self._part_of_qkv(slice(0, self.per_group))
         kv_weight, kv_bias = self._part_of_qkv(slice(self.per_group, self.per_group + 2))
         query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
         kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
-        tokens = len(rows.has_row_N)
-        length = tokens // b
-        first = self._first_position(length)
-        position_R = rows.index_R % length + first
-        position_K = position_R
-        if not routed:
-            position_K = torch.arange(tokens, device=rows_RH.device) % length + first
-        query_RND = rotate(query_RND, *self.rotary(position_R, first + length))
-        _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, *self.rotary(position_K, first + length))
-        return query_RND, key_KGD, value_KGD
-
-    def _first_position(self, length: int) -> int:
-        """Where the context-parallel part of `length` tokens that this rank holds begins in its sequence."""
-        return 0 if self.exchange is None else self.exchange.rank * length
+        s = len(rows.has_row_N) // b
+        if self.exchange is not None and parted is not None:
+            query_RND = self.exchange.rows(query_RND, parted)
+            kv_KGYD = self.exchange.keys_and_values(kv_KGYD, b, parted if routed else None)
+        position_R = rows.index_R % s
+        of_rows = self.rotary(position_R, s)
+        of_keys = of_rows if routed else self.rotary(torch.arange(s, device=rows_RH.device), s)
+        angles = tuple(table.squeeze(1) for table in (*of_rows, *of_keys))
+        ranges = key_ranges(rows, b, s, context.document_ids_BS, routed)
+        output_RND = self._attend_rotated(query_RND, kv_KGYD, angles, ranges)
+        if self.exchange is not None and parted is not None:
+            output_RND = self.exchange.own_rows(output_RND, parted)
+        return F.linear(output_RND.flatten(1), self.linear_proj.weight, bias_H)
 
     def _by_group(self, qkv_BSX: Tensor) -> Tensor:
         """Megatron's layout: for each key-value group its query heads, one key, one value."""
@@ -164,14 +186,12 @@ class SelfAttention(MegatronModule):
         part_weight = weight.unflatten(0, shape)[:, part].flatten(0, 2)
         return part_weight, None if bias is None else bias.unflatten(0, shape)[:, part].flatten()
 
-    def _attend_rows(
-        self, q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor
-    ) -> Tensor:
+    def _attend_rotated(self, query_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any) -> Tensor:
         dropout = self.config.attention_dropout if self.training else 0.0
         if not self._drops_own_heads():
-            return routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout)
+            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout)
         with get_cuda_rng_tracker().fork():
-            return routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout)
+            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout)
 
     def _attend(
         self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor | None

@@ -63,16 +63,15 @@ class HeadExchange:
         (arrived,) = self._to_heads(x_OND)
         return take_rows(arrived.flatten(0, 1), parted.arrived)
 
-    def keys_and_values(
-        self, key_KGD: Tensor, value_KGD: Tensor, b: int, parted: PartedRows | None
-    ) -> tuple[Tensor, Tensor]:
-        """Those of own tokens (of b sequences) or, with `parted`, of own rows, to all tokens' or rows'."""
-        arrived = self._to_heads(self._copied(key_KGD), self._copied(value_KGD))
-        if parted is not None:
-            key_KGD, value_KGD = (take_rows(x.flatten(0, 1), parted.arrived) for x in arrived)
+    def keys_and_values(self, kv_KGYD: Tensor, b: int, parted: PartedRows | None) -> Tensor:
+        """Those `[K, all groups, 2, d]` of own tokens of b sequences or, with `parted`, of own rows, to all
+        tokens' or rows' `[K, some groups, 2, d]`."""
+        (arrived,) = self._to_heads(self._copied(kv_KGYD.flatten(2)))
+        if parted is None:
+            joined = _joined(arrived.unflatten(1, (b, -1))).flatten(0, 1)
         else:
-            key_KGD, value_KGD = (_joined(x.unflatten(1, (b, -1))).flatten(0, 1) for x in arrived)
-        return key_KGD, value_KGD
+            joined = take_rows(arrived.flatten(0, 1), parted.arrived)
+        return joined.unflatten(2, (2, -1))  # type: ignore[no-any-return]
 
     def own_rows(self, x_RND: Tensor, parted: PartedRows) -> Tensor:
         """All rows `[R, some heads, d]` back to own rows `[O, all heads, d]`."""

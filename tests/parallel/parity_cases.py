@@ -167,7 +167,10 @@ LAYOUTS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
             ("hard, collapse, z-loss", "learned, capacity"),
         ),
         "TP=2 CP=2": (_layout(tensor=2, context=2), _ONE_STAGE),
-        "TP=2+SP CP=2": (_layout(tensor=2, sequence=True, context=2), tuple(CASES)),
+        "TP=2+SP CP=2": (
+            _layout(tensor=2, sequence=True, context=2),
+            (*_TWO_STAGES, _SOFT, "entropy, capacity, routed keys, masked documents"),
+        ),
         "TP=4+SP": (_layout(tensor=4, sequence=True), ("entropy",)),
         "PP=4": (_layout(pipeline=4), ("entropy",)),
     },

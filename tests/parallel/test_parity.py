@@ -69,7 +69,7 @@ class Launches:
                 for chosen in cases
             ]
             self.answers[size] = run_ranks(
-                "tests.parallel.workers_parity:train_jobs", size, {"jobs": jobs}, 240
+                "tests.parallel.workers_parity:train_jobs", size, {"jobs": jobs}, 280
             )
         ranks = [answers[layout, case] for answers in self.answers[size]]
         return {kind: [rank[kind] for rank in ranks] for kind in ("replayed", "free")}
@@ -169,7 +169,7 @@ def test_the_decisions_are_mixed(references, case):
 
 @pytest.mark.parametrize("case", CAPACITY)
 def test_rows_overflow_where_they_are_few(references, case):
-    assert min(references[case].answer.overflows[0]) > 0.2
+    assert min(references[case].answer.overflows[0]) > 0.1
 
 
 @pytest.mark.parametrize(("size", "layout", "case"), RUNS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,20 +85,21 @@ def _run(config: RunConfig, tokens_BS: Tensor) -> Pass:
     model = build_model(config, world).train()
     initialize_parameters(model, seed=1)
     work: list[Work] = []
-    attend = attention.routed_attention
+    attend = attention.rotated_attention
 
-    def noted(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, dropout: float) -> Tensor:
-        work.append((q.shape[0], q.shape[1], k.shape[0], int((last >= first).sum())))
-        return attend(q, k, v, first, last, dropout)
+    def noted(q: Tensor, kv: Tensor, angles: Any, ranges: tuple[Tensor, Tensor], dropout: float) -> Tensor:
+        used = int((ranges[1] >= ranges[0]).sum())
+        work.append((q.shape[0], q.shape[1], kv.shape[0], used))
+        return attend(q, kv, angles, ranges, dropout)
 
-    attention.routed_attention = noted
+    attention.rotated_attention = noted
     try:
         labels_BS = tokens_BS.roll(-1, dims=1)
         part = world.context_part
         losses = model(part(tokens_BS), ForwardContext(tokens_BS=tokens_BS), labels=part(labels_BS))
         losses.sum().backward()
     finally:
-        attention.routed_attention = attend
+        attention.rotated_attention = attend
     statistics = model.chiar_layers[0].statistics
     assert statistics is not None
     sums = [losses.detach().sum(), statistics.sums_F[5].float()]

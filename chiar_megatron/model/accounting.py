@@ -12,7 +12,8 @@ Where routed layers skip (`router.dispatch: skip`), executed = useful + padded. 
 operator on every token, and so do soft and hard routers whatever the dispatch (their gradient needs every
 output; `hard` of two operators skips at evaluation, and is counted as dense there too). Of the kernels'
 tiles only what rows and keys ask for is counted, not the edges; float32 on CUDA, which has no kernels and
-computes every key for every row and mixes all tokens, executes more than is written here.
+computes every key for every row and mixes all tokens, executes more than is written here. So do c context
+parallel ranks, whose query and output projections have min(R, tokens / c) rows each for R in all.
 """
 
 from __future__ import annotations

@@ -169,6 +169,15 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages (1F1B)."""
 
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks of layers that each stage holds: above 1 the schedule is interleaved, with a smaller bubble and
+    more transfers; micro-batches of a replica must then come in multiples of the stages."""
+
+    layout: str = "auto"
+    """Where the pipeline is cut. auto: by FLOPs, so that the heaviest stage is as light as whole layers let
+    it be; even: as many layers in every chunk; or megatron-core's own text, chunks in the order of layers, E
+    the embedding, t a layer, L the loss: "Et*8|t*8|t*8|t*4L"."""
+
     context_parallel_size: int = 1
     """Processes that share one sequence (not built yet: must be 1)."""
 
@@ -177,6 +186,14 @@ class ParallelConfig:
 
     distributed_optimizer: bool = False
     """Shard the optimizer's state over replicas (ZeRO-1)."""
+
+    overlap_grad_reduce: bool = False
+    """Sum gradients over replicas bucket by bucket while backward goes on. Steps are then not replayed as a
+    CUDA graph."""
+
+    overlap_param_gather: bool = False
+    """Gather the weights that the distributed optimizer has updated layer by layer while forward goes on;
+    needs `distributed_optimizer` and `overlap_grad_reduce`."""
 
 
 @dataclass(frozen=True)

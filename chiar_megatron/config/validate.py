@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from chiar_megatron.config.fields import nearest_name, value_at
 from chiar_megatron.config.load import default_ffn_hidden_size, default_wsd_decay_steps, indivisible_heads
+from chiar_megatron.config.pipeline import check_interleaved_batch, check_pipeline
 from chiar_megatron.config.problems import raise_problems, shown
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import OptimizerConfig, RunConfig
@@ -32,6 +33,7 @@ LIMITS = (
             "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.kv_channels",
             "model.ffn_hidden_size", "model.seq_length", "model.rbf_features",
             "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
+            "parallel.virtual_pipeline_model_parallel_size",
             "parallel.context_parallel_size", "parallel.data_parallel_size",
             "optimizer.decay_steps", "optimizer.wsd_decay_steps",
             "training.steps", "training.global_batch_size", "training.micro_batch_size",
@@ -159,7 +161,7 @@ def _check_model(config: RunConfig, problems: list[str]) -> None:
 
 def _check_layout(config: RunConfig, problems: list[str]) -> None:
     model, parallel = config.model, config.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
     groups = model.num_query_groups
     tensor_field = "parallel.tensor_model_parallel_size"
     _divide(problems, "model.num_attention_heads", model.num_attention_heads, tensor_field, tensor)
@@ -182,8 +184,7 @@ def _check_layout(config: RunConfig, problems: list[str]) -> None:
     except ConfigError as error:
         problems.append(str(error))
         return
-    layers_field = f"model.schedule: {shown(model.schedule)}, number of layers"
-    _divide(problems, layers_field, layers, "parallel.pipeline_model_parallel_size", pipeline)
+    check_pipeline(model, parallel, layers, problems)
 
 
 def _check_batch(config: RunConfig, world_size: int | None, problems: list[str]) -> None:
@@ -213,6 +214,7 @@ def _check_batch(config: RunConfig, world_size: int | None, problems: list[str])
         f"micro_batch_size {training.micro_batch_size} × {replicas} replicas =",
         training.micro_batch_size * replicas,
     )
+    check_interleaved_batch(parallel, training, replicas, problems)
 
 
 def _check_data(config: RunConfig, problems: list[str]) -> None:

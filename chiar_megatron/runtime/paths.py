@@ -44,6 +44,8 @@ def replays_steps(config: RunConfig, device: torch.device) -> bool:
     parallel = config.parallel
     fixed = "R" not in config.model.schedule or has_fixed_rows(config.model.router)
     alone = parallel.tensor_model_parallel_size == parallel.pipeline_model_parallel_size == 1
+    # Overlapped, a step's communication is begun by hooks on the host, which a replay does not call.
+    alone = alone and not parallel.overlap_grad_reduce
     able = device.type == "cuda" and kernels_available(device) and fixed and alone
     # A graph may choose other algorithms than the first steps, which run without it.
     able = able and not config.training.deterministic

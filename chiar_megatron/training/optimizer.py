@@ -27,16 +27,15 @@ from chiar_megatron.runtime.device import current_device
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
 
-def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> ChainedOptimizer:
+def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
     """AdamW over a stage's parameters; norms, biases and filters (all that is one-dimensional) undecayed."""
-    name_parameters_as_cuda(model.parameters())
+    for chunk in chunks:
+        name_parameters_as_cuda(chunk.parameters())
     one_dimensional = ParamKey(predicate=ParamPredicate(name="one_dimensional", fn=_is_one_dimensional))
-    settings = optimizer_config(
-        config.optimizer, config.training.precision, config.parallel.distributed_optimizer
-    )
+    settings = optimizer_config(config.optimizer, config.training.precision, config.parallel)
     optimizer = get_megatron_optimizer(
         settings,
-        [model],
+        chunks,
         config_overrides={one_dimensional: {"wd_mult": 0.0}},
         use_gloo_process_groups=False,
     )

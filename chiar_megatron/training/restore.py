@@ -15,7 +15,6 @@ from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.dataset import parse_skipped
 from chiar_megatron.errors import CheckpointError
-from chiar_megatron.model.build import SHARDING_METADATA
 from chiar_megatron.training.engine import MegatronEngine
 
 _log = logging.getLogger(__name__)
@@ -128,8 +127,7 @@ def _load_weights(config: RunConfig, engine: MegatronEngine, store: CheckpointSt
     damage = store.verify(folder)
     if damage is not None:
         raise CheckpointError(f"training.init_from {folder} is damaged: {damage}")
-    state = load_state(folder, {"model": engine.module.sharded_state_dict(metadata=dict(SHARDING_METADATA))})
-    engine.load_weights(state["model"])
+    engine.load_weights(load_state(folder, engine.sharded_weights()))
     _log.info("weights from %s (step %d)", folder, info.step)
     wanted, found = to_dict(config)["model"], info.config["model"]
     return [

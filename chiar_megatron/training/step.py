@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,28 +136,31 @@ class DeviceSums:
         )
 
 
-def reduce_step(model: ChiarModel, reports: list[Tensor], world: World, requests: Requests) -> DeviceSums:
+def reduce_step(
+    chunks: Sequence[ChiarModel], reports: list[Tensor], world: World, requests: Requests
+) -> DeviceSums:
     """Sum every rank's counts in one all-reduce of about `hidden + 6·layers` numbers (float64).
 
     A number that several ranks hold alike is given by one of them. No host synchronisation.
     """
-    layers, hidden = model.config.num_layers, model.config.hidden_size
+    config = chunks[0].config
+    layers, hidden = config.num_layers, config.hidden_size
     scalars = torch.zeros(SCALARS, dtype=torch.float64, device=world.device)
     speaks_for_copies = world.tensor_parallel_rank == 0
     if reports and world.is_last_stage and speaks_for_copies:
         scalars[: TOKENS + 1] = torch.stack(reports).sum(0)
     scalars[STOP].fill_(float(requests.stop))
     scalars[SAVE].fill_(float(requests.save))
-    owns_part = model.config.sequence_parallel or speaks_for_copies
+    owns_part = config.sequence_parallel or speaks_for_copies
     sums_LF = torch.zeros(layers, len(FIELDS), dtype=torch.float64, device=world.device)
-    routed = routed_layers(model)
+    routed = routed_layers(chunks)
     if routed:
         taken_LF = take_all([layer.statistics for layer in routed if layer.statistics is not None])
         if owns_part:
             for row, layer in enumerate(routed):
                 sums_LF[layer.layer_number - 1] = taken_LF[row]
     meta = torch.zeros(hidden + 2, dtype=torch.float64, device=world.device)
-    meta_router = meta_router_of(model)
+    meta_router = meta_router_of(chunks)
     if meta_router is not None:
         taken = meta_router.take_pending()
         if owns_part:
@@ -167,14 +170,15 @@ def reduce_step(model: ChiarModel, reports: list[Tensor], world: World, requests
     return DeviceSums(packed, layers, hidden)
 
 
-def routed_layers(model: ChiarModel) -> list[ChiarLayer]:
-    """The routed layers of this stage, in order."""
-    return [layer for layer in model.chiar_layers if layer.kind == "R"]
+def routed_layers(chunks: Sequence[ChiarModel]) -> list[ChiarLayer]:
+    """The routed layers of this process, in order."""
+    return [layer for chunk in chunks for layer in chunk.chiar_layers if layer.kind == "R"]
 
 
-def meta_router_of(model: ChiarModel) -> MetaRouter | None:
-    """The stage's MetaRouter, if layer 1 is here and has one."""
-    return next((layer.meta_router for layer in model.chiar_layers if layer.meta_router is not None), None)
+def meta_router_of(chunks: Sequence[ChiarModel]) -> MetaRouter | None:
+    """This process's MetaRouter, if layer 1 is here and has one."""
+    gates = (layer.meta_router for chunk in chunks for layer in chunk.chiar_layers)
+    return next((gate for gate in gates if gate is not None), None)
 
 
 def validation_sums(reports: list[Any], world: World) -> tuple[float, int]:

@@ -121,7 +121,7 @@ def check_interleaved_batch(
 
 def _repeated(text: str) -> str:
     """`(...)*n` and `x*n` written out, as megatron-core does."""
-    for pattern in (r"\(([^()]+)\)\*(\d{1,5})", r"([^*])\*(\d{1,5})"):
+    for pattern in (r"\(([^()]+)\)\*(\d{1,9})(?!\d)", r"([^*])\*(\d{1,9})(?!\d)"):
         longest = len(text) + sum(len(m[1]) * int(m[2]) for m in re.finditer(pattern, text))
         if longest > _MAX_CHARACTERS:
             raise ConfigError(f"parallel.layout: {shown(text)} names far too many layers; lower the counts")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -176,8 +176,6 @@ class MegatronEngine:
     @torch.no_grad()
     def validation_loss(self, batches: Sequence[TokenBatch]) -> float:
         """Mean cross entropy, nats a token, over all replicas' batches; leaves training state alone."""
-        if len(self.chunks) > 1:
-            batches = _in_multiples(batches, self.world.pipeline_size)
         with evaluation_mode(self.wrapped):
             reports = self._run(batches, forward_only=True)
         loss, tokens = validation_sums(reports, self.world)
@@ -230,12 +228,6 @@ class MegatronEngine:
         if len(self.chunks) == 1:
             return [("model", self.module)]
         return [(f"model{number}", chunk) for number, chunk in enumerate(self.chunks)]
-
-
-def _in_multiples(batches: Sequence[TokenBatch], of: int) -> list[TokenBatch]:
-    """As many micro-batches as the interleaved schedule asks for, the last ones without a token to count."""
-    spare = replace(batches[-1], loss_mask_BS=torch.zeros_like(batches[-1].loss_mask_BS))
-    return [*batches, *[spare] * (-len(batches) % of)]
 
 
 @contextmanager

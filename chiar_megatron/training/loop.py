@@ -220,6 +220,7 @@ class Trainer:
         layout = {
             "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
             "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+            "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
             "data_parallel_size": self.world.data_parallel_size,
         }
         return make_info(self.step, self.tokens_seen, True, layout, to_dict(self.config))

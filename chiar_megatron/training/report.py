@@ -17,6 +17,7 @@ from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
 from chiar_megatron.metrics.progress import ProgressLine
 from chiar_megatron.metrics.writers import MultiWriter, open_writers
 from chiar_megatron.model.accounting import model_flops_per_token, parameter_count
+from chiar_megatron.model.pipeline import pipeline_cut
 from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.runtime.paths import compiles, describe_paths, replays_steps
@@ -30,14 +31,21 @@ def describe(config: RunConfig, world: World) -> list[str]:
     model, parallel, training = config.model, config.parallel, config.training
     count = parameter_count(model)
     layout = [f"tensor {world.tensor_parallel_size}{' with sequence' if parallel.sequence_parallel else ''}"]
-    layout += [f"pipeline {world.pipeline_size}", f"data {world.data_parallel_size}"]
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    interleaved = f" in {virtual} chunks each" if virtual > 1 else ""
+    layout += [f"pipeline {world.pipeline_size}{interleaved}", f"data {world.data_parallel_size}"]
     if parallel.distributed_optimizer:
         layout.append("distributed optimizer")
+    overlapped = {"gradients": parallel.overlap_grad_reduce, "weights": parallel.overlap_param_gather}
+    if any(overlapped.values()):
+        layout.append(" and ".join(name for name, on in overlapped.items() if on) + " communicated meanwhile")
     lines = [
         f"model {model.schedule}: {count.total:,} parameters, {count.non_embedding:,} without embeddings",
         f"{world.size} process(es): {', '.join(layout)}; {training.precision} on {world.device.type}; "
         f"{training.global_batch_size * model.seq_length:,} tokens a step",
     ]
+    if world.pipeline_size > 1:
+        lines.append(f"pipeline cut ({parallel.layout}) {pipeline_cut(config)}")
     if "R" in model.schedule:
         lines.append(_routing_line(model, training))
     lines += [f"{part}: {path} ({why})" for part, path, why in describe_paths(world.device)]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from chiar_megatron.cli.machine import add_machine_verbs
 from chiar_megatron.cli.models import add_model_verbs
+from chiar_megatron.cli.planning import add_planning_verbs
 from chiar_megatron.cli.text import add_text_verbs
 from chiar_megatron.cli.training import add_training_verbs
 from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, ChiarError
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chiar", description="Pretrain CHIAR-Former language models.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add_training_verbs(verbs)
+    add_planning_verbs(verbs)
     add_text_verbs(verbs)
     add_model_verbs(verbs)
     add_machine_verbs(verbs)

@@ -6,6 +6,7 @@ embedding's look-up nothing. What counts is what is executed, unused rows of cap
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -117,6 +118,7 @@ def pipeline_cut(config: RunConfig) -> PipelineCut:
     return PipelineCut(layout, tuple(cost / costs.total for cost in stages))
 
 
+@functools.lru_cache(maxsize=64)
 def balanced_layout(costs: Costs, stages: int, chunks: int) -> Layout:
     """The layout whose heaviest stage is lightest; among those, the one of the evenest chunks.
 

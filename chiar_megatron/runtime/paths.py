@@ -38,6 +38,12 @@ def compiles(device: torch.device, tensor_model_parallel_size: int, wanted: bool
     return device.type == "cuda" and has_triton() and tensor_model_parallel_size == 1
 
 
+def would_compile(config: RunConfig) -> bool:
+    """Whether a CUDA device with Triton would compile this recipe's layers."""
+    wanted, tensor = config.runtime.compile, config.parallel.tensor_model_parallel_size
+    return tensor == 1 if wanted is None else wanted
+
+
 def replays_steps(config: RunConfig, device: torch.device) -> bool:
     """Whether forward and backward of a step are replayed as a CUDA graph: where all shapes are fixed, one
     process holds whole layers of the whole model, and the recipe does not say otherwise."""

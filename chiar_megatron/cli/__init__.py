@@ -24,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 2 bad input, 75 stopped early and resumable)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes fields to overrule before options only.
+    if rest and hasattr(parsed, "overrides") and all("=" in text and text[0] != "-" for text in rest):
+        parsed.overrides = [*parsed.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(parsed.run(parsed))
     except ChiarError as error:

@@ -150,7 +150,7 @@ def _optimal(costs: Costs, stages: int) -> Layout:
             for e in range(layers + 1)
         ]
     limit = bound[layers] * (1 + 1e-12)
-    best: list[tuple[float, Layout]] = [(0.0, ())] + [(float("inf"), ())] * layers
+    best: list[tuple[float, Layout]] = [(0.0, ()), *[(float("inf"), ())] * layers]
     for number in range(1, stages + 1):
         best = [
             min(

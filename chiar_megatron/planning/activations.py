@@ -120,21 +120,27 @@ class ActivationModel:
         kept += rows * sizes.h * e + _ROW_NUMBERS
         if self.config.parallel.sequence_parallel:
             kept += sizes.h * e  # all tokens, gathered for keys and values
-        if router.kind in ("learned", "entropy_gated"):
-            kept += token  # attention's output before the gate
+        kept += self._gate(token, compiled)
         if compiled or self.config.model.norm == "pre":
             return kept + token + _STATISTICS
         # Eagerly the norm of either operator is taken in float32: its input, result and chosen weights stay.
         return kept + (8 / e + 1) * token + _STATISTICS
 
     def _all_operators(self, sizes: Sizes, token: float, compiled: bool) -> float:
-        """Dense dispatch, soft and hard: each operator's output, sum and norm."""
+        """Dense dispatch, soft and hard: each operator's sum before its norm; blends also their outputs,
+        which compiled code makes again, and the gate's float32 input."""
         router = self.config.model.router
         operators = 3 if sizes.rbf else 2
-        each = 2 * token + _STATISTICS
-        kept = self._attention(sizes, 1.0, 1.0) + operators * each
+        kept = self._attention(sizes, 1.0, 1.0) + operators * (token + _STATISTICS)
         if router.kind not in ("soft", "hard"):
-            kept += token
+            return kept + self._gate(token, compiled)
+        kept += 8 * token / self.element + (0 if compiled else operators * token)
         if sizes.rbf:
-            kept += self._feed_forward(sizes, compiled) + 2 * sizes.rbf * 4 + token
+            kept += self._feed_forward(sizes, compiled) + token + 4 * sizes.rbf * 4
         return kept
+
+    def _gate(self, token: float, compiled: bool) -> float:
+        """Attention's output before its gate, and the score's input: float32, normalised."""
+        if self.config.model.router.kind not in ("learned", "entropy_gated"):
+            return 0.0
+        return token * (1 + (4 if compiled else 8) / self.element)

@@ -11,12 +11,12 @@ from typing import Any
 from chiar_megatron.config.pipeline import layout_text
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.model.accounting import (
-    Flops,
     flops_per_sequence,
     full_attention_twin,
     parameter_count,
     savings,
 )
+from chiar_megatron.model.pieces import Flops
 from chiar_megatron.model.pipeline import expected_capacity, expected_fraction, pipeline_cut
 from chiar_megatron.planning.activations import ActivationModel
 from chiar_megatron.planning.candidates import Candidate, candidates, weigh

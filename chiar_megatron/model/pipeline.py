@@ -1,7 +1,8 @@
 """Where the pipeline is cut: by FLOPs of the one ledger (issue 4, item 3).
 
 Layers are whole, and cost differently by their kind; the loss (the output head) costs several of them, the
-embedding's look-up nothing. What counts is what is executed, unused rows of capacity included.
+embedding's look-up nothing. What counts is what is executed, unused rows of capacity included, with DCTs as
+matrix products: the kernel does fewer FLOPs, but a routed layer takes the time of about those counted.
 """
 
 from __future__ import annotations

@@ -121,9 +121,10 @@ class ActivationModel:
         if self.config.parallel.sequence_parallel:
             kept += sizes.h * e  # all tokens, gathered for keys and values
         kept += self._gate(token, compiled)
-        if compiled or self.config.model.norm == "pre":
+        fused = tensor == 1 and e == 2 and has_fixed_rows(router)
+        if compiled or fused or self.config.model.norm == "pre":
             return kept + token + _STATISTICS
-        # Eagerly the norm of either operator is taken in float32: its input, result and chosen weights stay.
+        # By plain code both operators' norm is one in float32: its input, result and chosen weights stay.
         return kept + (8 / e + 1) * token + _STATISTICS
 
     def _all_operators(self, sizes: Sizes, token: float, compiled: bool) -> float:

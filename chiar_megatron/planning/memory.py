@@ -14,6 +14,7 @@ from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.model.pipeline import pipeline_layout
 from chiar_megatron.planning.activations import ActivationModel
 from chiar_megatron.planning.weights import stage_parameters
+from chiar_megatron.runtime.paths import would_replay
 
 GIB = 2**30
 USABLE = 0.92  # share of a GPU's memory that a plan fills
@@ -65,9 +66,9 @@ def stage_memory(config: RunConfig, replicas: int, compiled: bool) -> list[Stage
 
 
 def _stage(config: RunConfig, layout: Layout, stage: int, replicas: int, compiled: bool) -> StageMemory:
-    parallel, model = config.parallel, config.model
+    parallel, model, training = config.parallel, config.model, config.training
     count = stage_parameters(model, parallel, layout, stage)
-    half = config.training.precision == "bf16"
+    half = training.precision == "bf16"
     sharers = replicas * parallel.context_parallel_size if parallel.distributed_optimizer else 1
     activations = ActivationModel(config, compiled)
     first, last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
@@ -85,6 +86,9 @@ def _stage(config: RunConfig, layout: Layout, stage: int, replicas: int, compile
             tied = width * model.hidden_size * activations.element
     if first:
         kept += activations.embedding() * tokens
+    if would_replay(config) and training.micro_batch_size * replicas == training.global_batch_size:
+        # Every parameter's gradient waits for the end of the backward pass, when activations are gone.
+        loss = max(loss, count * activations.element - kept)
     return StageMemory(
         parameters=count,
         weights=count * (2 if half else 4),

@@ -21,7 +21,7 @@ from chiar_megatron.model.pipeline import expected_capacity, expected_fraction, 
 from chiar_megatron.planning.activations import ActivationModel
 from chiar_megatron.planning.candidates import Candidate, candidates, weigh
 from chiar_megatron.planning.memory import GIB, USABLE, StageMemory, stage_memory
-from chiar_megatron.planning.speed import MEASURED_ON, MEASURED_TFLOPS, Cluster, with_layout
+from chiar_megatron.planning.speed import MEASURED_ON, MEASURED_TFLOPS, UNCOMPILED, Cluster, with_layout
 from chiar_megatron.runtime.paths import would_compile
 
 _SHOWN = 12  # layouts in the list for people
@@ -153,6 +153,7 @@ def _assumptions(cluster: Cluster) -> list[str]:
     measured = f"measured: {MEASURED_ON}" if cluster.tflops == MEASURED_TFLOPS else "as given"
     return [
         f"  assumed: {cluster.tflops:g} TFLOP/s executed by a GPU ({measured});",
+        f"  {UNCOMPILED:g} of it where layers are not compiled (tensor parallelism);",
         f"  {cluster.link_gb_s:g} GB/s within a node of {cluster.gpus_per_node} GPUs, "
         f"{cluster.network_gb_s:g} GB/s between nodes; nothing else takes time",
     ]

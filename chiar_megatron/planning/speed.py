@@ -14,9 +14,13 @@ from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.model.pieces import Sizes
 from chiar_megatron.model.pipeline import pipeline_costs, pipeline_layout
 from chiar_megatron.planning.weights import stage_parameters
+from chiar_megatron.runtime.paths import would_compile
 
 MEASURED_TFLOPS = 420.0
-MEASURED_ON = "one H100 80GB, bf16: 432 of the 400M twin, 416 of the routed model, whole steps"
+MEASURED_ON = "one H100 80GB, bf16, whole steps of the 400M models: 386 to 435"
+# Of layers that are not compiled, as under tensor parallelism: 105.6k tokens/s beside 119.9k of the 400M twin
+# on one H200 (DESIGN, section 2).
+UNCOMPILED = 0.88
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def step_time(config: RunConfig, replicas: int, cluster: Cluster) -> StepTime:
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     costs, layout = pipeline_costs(config), pipeline_layout(config)
     loads = costs.of_stages(layout, stages)
-    per_load = training.micro_batch_size / (tensor * context * cluster.tflops * 1e12)
+    rate = cluster.tflops * 1e12 * (1.0 if would_compile(config) else UNCOMPILED)
+    per_load = training.micro_batch_size / (tensor * context * rate)
     mean, heaviest = sum(loads) / stages * per_load, max(loads) * per_load
     micro_batches = training.global_batch_size / (training.micro_batch_size * replicas)
     waiting = (stages - 1) / virtual

@@ -85,7 +85,7 @@ def test_the_published_model_over_four_stages(seq_length: int, rho: float) -> No
 @pytest.mark.parametrize("rho", [0.5, 0.25])
 def test_where_only_routed_keys_count_whole_layers_allow_no_better(seq_length: int, rho: float) -> None:
     """With `keys_values: routed` layers are cheaper beside the loss, and 1.05 is out of reach at ρ = ¼: so
-    says every one of the 2,925 cuts."""
+    says every one of the 3,276 cuts."""
     config = published(seq_length, rho, model__router__keys_values="routed")
     rows = -(-int(rho * 1.05 * 8 * seq_length) // 64) * 64 / (8 * seq_length)
     ledger = flops_per_sequence(config.model, seq_length, rho, capacity_fraction=rows)

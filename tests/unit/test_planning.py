@@ -27,42 +27,47 @@ from chiar_megatron.planning.speed import Cluster, step_time
 from chiar_megatron.runtime.distributed import single_process_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECORDS = [
-    ("step_T256_h100", "twin", {"model.preset": "400m-twin"}),
-    ("step_T2048_h100", "twin", {"model.preset": "400m-twin"}),
-    ("step_T256_h100", "entropy ρ=0.5", {"model.preset": "400m", "model.router.target": 0.5}),
-]
+RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 def resolved(fields: dict[str, Any]) -> RunConfig:
     return resolve_config(config_from_dict(fields), vocab_size=None, eod_token=None)
 
 
-def recorded(name: str, side: str, fields: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
-    """A benchmark's recipe, and what it measured."""
-    record = json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
-    settings = record["settings"]
-    config = resolved(
-        {
-            **fields,
-            "model.dropout": 0.0,
-            "model.seq_length": settings["seq_length"],
-            "training.precision": settings["precision"],
-            "training.micro_batch_size": settings["micro_batch_size"],
-            "training.global_batch_size": settings["tokens_per_step"] // settings["seq_length"],
-        }
-    )
-    return config, next(result for result in record["results"] if result["name"] == side)
+def recorded() -> list[tuple[str, RunConfig, dict[str, Any]]]:
+    """Every side of the product that `chiar bench step` measured: its name, its recipe, its figures."""
+    found = []
+    for path in sorted(RESULTS.glob("step_*_h100.json")):
+        record = json.loads(path.read_text())
+        settings = record["settings"]
+        for result in record["results"]:
+            router, _, rho = result["name"].partition(" ρ=")
+            if "tokens_per_second" not in result or router == "nanogpt":
+                continue
+            fields: dict[str, Any] = {"model.preset": f"{settings['preset']}-twin"}
+            if rho:
+                fields = {"model.preset": settings["preset"], "model.router.target": float(rho)}
+                fields["model.router.kind"] = router
+            fields |= {"model.dropout": 0.0, "model.seq_length": settings["seq_length"]}
+            fields["training.precision"] = settings["precision"]
+            fields["training.micro_batch_size"] = settings["micro_batch_size"]
+            fields["training.global_batch_size"] = settings["tokens_per_step"] // settings["seq_length"]
+            found.append((f"{path.stem}: {result['name']}", resolved(fields), result))
+    return found
 
 
-@pytest.mark.parametrize(("name", "side", "fields"), RECORDS)
-def test_memory_and_speed_of_recorded_runs(name: str, side: str, fields: dict[str, Any]) -> None:
-    config, measured = recorded(name, side, fields)
+@pytest.mark.parametrize(("name", "config", "measured"), recorded(), ids=lambda value: str(value)[:40])
+def test_memory_and_speed_of_recorded_runs(name: str, config: RunConfig, measured: dict[str, Any]) -> None:
     (stage,) = stage_memory(config, replicas=1, compiled=True)
-    assert stage.peak == pytest.approx(measured["peak_memory_bytes_with_start"], rel=0.02)
-    assert stage.static == pytest.approx(measured["peak_memory_bytes"], rel=0.03)  # a graph's pool aside
+    assert stage.peak == pytest.approx(measured["peak_memory_bytes"], rel=0.02)
     planned = weigh(config, 1, Cluster(gpus=1)).tokens_per_second
-    assert planned == pytest.approx(measured["tokens_per_second"]["median"], rel=0.05)
+    # One throughput for all: attention over 32,768 tokens is the slowest there is.
+    assert planned == pytest.approx(measured["tokens_per_second"]["median"], rel=0.10)
+
+
+def test_there_are_records_of_either_kind() -> None:
+    names = [name for name, _, _ in recorded()]
+    assert sum("twin" in name for name in names) >= 4 and sum("ρ=" in name for name in names) >= 4
 
 
 def bytes_kept(config: RunConfig, layer: ChiarLayer) -> float:

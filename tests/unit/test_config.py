@@ -250,6 +250,8 @@ def changed_everywhere() -> RunConfig:
             return ["0.5", "a: b", "1:2"]
         if isinstance(default, (int, float)):
             return default + 1
+        if isinstance(default, str) and field_type is str:
+            return f"{default}-other"
         return {"int": 3, "float": 1e-7, "str": "null-like"}[
             str(field_type).split("[")[-1].split()[0].strip("]")
         ]

@@ -116,7 +116,10 @@ class Trainer:
         batches = read_ahead(self._train, self._layout(), self.step, last, self.config.data.num_workers)
         stop_reason = None
         for step, step_batches in enumerate(batches, start=self.step):
-            self.under_way.append(self.engine.launch_step(step_batches, step, self.schedule.requests))
+            detailed = self.reporter.is_due(step + 1) or self.schedule.validation_due(step + 1)
+            self.under_way.append(
+                self.engine.launch_step(step_batches, step, self.schedule.requests, detailed)
+            )
             # The device works on while the host judges the step before, unless what follows this step needs
             # the weights as they are after it.
             waits = self.save_asked or self.bad_in_a_row > 0 or self.schedule.waits_for(step + 1)

@@ -335,8 +335,7 @@ class LoggingConfig:
     """null: online if a key is configured, else offline."""
 
     routing_traces: int = 0
-    """Newest training sequences whose routing is kept in `<run folder>/routing_traces`, for the balance
-    that `chiar plan --traces` simulates: light tokens and a score histogram a layer. 0: none."""
+    """Newest sequences whose routing `<run folder>/routing_traces` keeps, for `chiar plan`; 0: none."""
 
 
 @dataclass(frozen=True)

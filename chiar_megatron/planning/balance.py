@@ -72,6 +72,9 @@ class Estimate:
     """The same over equal work without unused rows and overflow, at the mean share of this setting."""
     rows_max_over_mean: float
     """Executed rows of routed layers in a step, largest over mean of the replicas; mean of the steps."""
+    light_max_over_mean: float
+    """Light tokens before capacity in a step, largest over mean of the replicas, mean of the steps; of the
+    worst layer: what `rank_max_over_mean` of `metrics.jsonl` shows."""
     share: float
     """Light tokens of all, before capacity."""
     overflow: float
@@ -292,6 +295,7 @@ class _Sums:
         self.slowest = self.light = self.kept = self.rows = self.unequal = 0.0
         self.mean_P: Any = 0.0
         self.light_L: Any = 0.0
+        self.unequal_L: Any = 0.0
 
     def add(self, light_NML: Any, kept_NML: Any, rows_NML: Any, work_NML: Any) -> None:
         """One step; light tokens, those with a row, rows, and FLOPs of routed layers."""
@@ -305,6 +309,8 @@ class _Sums:
         self.rows += float(rows_NML.mean())
         self.mean_P = self.mean_P + work_NPM.mean((0, 2))
         self.light_L = self.light_L + light_NML.mean((0, 1))
+        light_NL = light_NML.sum(1)
+        self.unequal_L = self.unequal_L + light_NL.max(0) / np.maximum(light_NL.mean(0), 1e-30)
 
     def figures(self) -> dict[str, float]:
         """Fields of `Estimate`."""
@@ -316,6 +322,7 @@ class _Sums:
             "over_mean": slowest / self._equal(self.mean_P / steps),
             "over_ideal": slowest / self._equal(ideal_P),
             "rows_max_over_mean": self.unequal / steps,
+            "light_max_over_mean": float(np.max(self.unequal_L)) / steps,
             "share": self.light / steps / work.tokens,
             "overflow": 1.0 - self.kept / max(self.light, 1e-30),
             "useful_over_executed": self.kept / max(self.rows, 1e-30),

@@ -25,7 +25,7 @@ IMBALANCE_LIMIT, IMBALANCE_READINGS = 1.2, 10
 class Change:
     """An alarm that begins (`active`) or ends."""
 
-    kind: str
+    alarm: str
     layer: int
     value: float
     active: bool
@@ -33,13 +33,13 @@ class Change:
     def __str__(self) -> str:
         where = f"layer {self.layer}: "
         if not self.active:
-            return f"{where}{self.kind} is in order again ({self.value:.3g})"
-        if self.kind == "routed_fraction":
+            return f"{where}{self.alarm} is in order again ({self.value:.3g})"
+        if self.alarm == "routed_fraction":
             return (
                 f"{where}{self.value:.2%} of the tokens have gone to attention for {FRACTION_STEPS} steps: "
                 "set model.router.target, or the threshold by `chiar calibrate`"
             )
-        if self.kind == "overflow":
+        if self.alarm == "overflow":
             return (
                 f"{where}{self.value:.1%} of the light tokens found no row in the last {OVERFLOW_STEPS} "
                 "steps (choosing them sees the future): raise model.router.slack"

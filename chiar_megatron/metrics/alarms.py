@@ -5,8 +5,9 @@
 - `imbalance`: a layer's light tokens before capacity, largest over mean of the data-parallel ranks, are
   above 1.2, mean of the last 10 logged steps.
 
-Each is told when it begins and when it ends. Nothing is saved: a continued run takes its state from the
-records of `metrics.jsonl` (those between two logged steps count as the later one).
+Each is told when it begins and when it ends. Nothing is saved: a continued run takes its state from
+`metrics.jsonl` (steps between two logged ones count as the later one) and from what `events.jsonl` says was
+told.
 """
 
 from __future__ import annotations
@@ -93,8 +94,10 @@ class RoutingAlarms:
                 changes += self._set("imbalance", layer, mean, full and mean > IMBALANCE_LIMIT)
         return changes
 
-    def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Take the state that a run's records leave, without telling anybody."""
+    def replay(
+        self, records: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]], step: int
+    ) -> None:
+        """Take the state that a run's metrics and events leave after `step`, without telling anybody."""
         before = 0
         for record in records:
             fractions, overflow = record.get("routed_fraction"), record.get("overflow_fraction")
@@ -102,6 +105,11 @@ class RoutingAlarms:
                 imbalance = record.get("rank_max_over_mean") or None
                 self.step(record["step"], fractions, overflow, imbalance, record["step"] - before)
             before = record["step"]
+        # What the user was told counts, not what logged steps alone would have told.
+        self.active.clear()
+        for event in events:
+            if event["event"] in ("alarm", "alarm_over") and event["step"] <= step:
+                self._set(event["alarm"], event["layer"], event["value"], event["event"] == "alarm")
 
     def figures(self) -> dict[str, float]:
         """What is out of order now: `imbalance/layer_3` and its value."""

@@ -7,6 +7,7 @@ sequences make 4 MB. The newest `logging.routing_traces` sequences are kept.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -18,6 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from chiar_megatron.errors import ChiarError
+
+_log = logging.getLogger(__name__)
 
 FOLDER = "routing_traces"
 
@@ -77,10 +80,13 @@ class TraceWriter:
         self.keep = keep
         self._files = {step: 0 for step in _steps(self.folder)}
         for step in list(self._files):
+            try:
+                self._files[step] = len(read_step(_path(self.folder, step)).replica)
+            except ChiarError as error:
+                _log.warning("%s: removed", error)
+                self._remove(step)
             if step > resume_step:
                 self._remove(step)
-            else:
-                self._files[step] = len(read_step(_path(self.folder, step)).replica)
 
     def write(self, step: int, traces: StepTraces) -> None:
         """Keep one step's sequences. A full disk loses this step's only. Raises OSError then."""
@@ -102,7 +108,7 @@ class TraceWriter:
 
     def _remove(self, step: int) -> None:
         _path(self.folder, step).unlink(missing_ok=True)
-        del self._files[step]
+        self._files.pop(step, None)
 
 
 def read_traces(run_dir: Path) -> list[StepTraces]:
@@ -135,7 +141,7 @@ def read_step(path: Path) -> StepTraces:
         with np.load(path, allow_pickle=False) as file:
             return StepTraces(**{f.name: file[f.name] for f in fields(StepTraces)})
     except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise ChiarError(f"{path} is damaged or no file of routing traces ({error}): remove it") from error
+        raise ChiarError(f"{path} is damaged or no file of routing traces; remove it") from error
 
 
 def _path(folder: Path, step: int) -> Path:

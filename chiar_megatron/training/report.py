@@ -16,7 +16,7 @@ from chiar_megatron.config.routing import computes_all
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
 from chiar_megatron.metrics.alarms import RoutingAlarms
-from chiar_megatron.metrics.jsonl import read_metrics
+from chiar_megatron.metrics.jsonl import read_events, read_metrics
 from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
 from chiar_megatron.metrics.progress import ProgressLine
 from chiar_megatron.metrics.routing import BalanceSummary
@@ -91,7 +91,7 @@ class Reporter:
             self.writers = open_writers(run_dir, config.logging, step, to_dict(config))
             self.restarts = self.writers.restarts
             if step > 0:
-                self.alarms.replay(read_metrics(run_dir))
+                self.alarms.replay(read_metrics(run_dir), read_events(run_dir), step)
             if config.logging.routing_traces:
                 self.traces = TraceWriter(run_dir, config.logging.routing_traces, step)
             for line in describe(config, world):

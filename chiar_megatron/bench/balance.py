@@ -42,7 +42,7 @@ from chiar_megatron.training.loop import pretrain
 
 SIDES = ("on", "off")
 HEADER = (
-    "balance", "executed rows max÷mean", "light max÷mean", "useful ÷ executed", "overflow ÷ light",
+    "balance", "executed rows max÷mean", "worst layer", "light tokens, worst layer", "useful ÷ executed", "overflow ÷ light",
     "rank seconds mean", "max÷mean", "validation easy", "hard", "mean",
 )  # fmt: skip
 
@@ -188,10 +188,17 @@ def _compare(settings: BalanceSettings, world: World, report: Report) -> None:
         report.add({"name": f"balance {side}", **figures[side], "simulation": found.as_dict()})
         for line in found.lines():
             report.say(line)
-        alike = next(e for e in found.estimates if e.text == "as recorded" and e.controller == (side == "on"))
+        alike = next(
+            e
+            for e in found.estimates
+            if e.text == "as recorded" and (e.controller, e.capacity) == (side == "on",) * 2
+        )
+        measured = figures[side]
         report.note(
-            f"light tokens max÷mean over {world.size} ranks, worst layer, balance {side}: measured "
-            f"{figures[side]['light_max_over_mean']:.3f}, simulated {alike.light_max_over_mean:.3f}"
+            f"simulation beside what it was traced from, {world.size} ranks, balance {side}: light tokens "
+            f"max÷mean of the worst layer {alike.light_max_over_mean:.3f}, measured "
+            f"{measured['light_max_over_mean']:.3f}; executed rows of all layers "
+            f"{alike.rows_max_over_mean:.3f}, measured {measured['all_layers_executed_max_over_mean']:.3f}"
         )
     report.write()
     report.table(HEADER, [_row(side, figures[side]) for side in SIDES])
@@ -211,6 +218,9 @@ def side_figures(run_dir: Path) -> dict[str, Any]:
     slowest = [int(s["slowest_rank"]) for s in seconds]
     return {
         "steps": [late[0]["step"], late[-1]["step"]],
+        "all_layers_executed_max_over_mean": statistics.fmean(
+            r["all_layers_executed_max_over_mean"] for r in late
+        ),
         "executed_max_over_mean": max(layers("executed_max_over_mean")),
         "executed_max_over_mean_by_layer": layers("executed_max_over_mean"),
         "light_max_over_mean": max(layers("rank_max_over_mean")),
@@ -233,6 +243,7 @@ def side_figures(run_dir: Path) -> dict[str, Any]:
 def _row(side: str, figures: dict[str, Any]) -> Sequence[str]:
     return [
         side,
+        f"{figures['all_layers_executed_max_over_mean']:.3f}",
         f"{figures['executed_max_over_mean']:.3f}",
         f"{figures['light_max_over_mean']:.3f}",
         f"{figures['useful_over_executed']:.3f}",

@@ -127,11 +127,13 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 def _add_balance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=_count, default=4, metavar="N", help="data-parallel (4)")
     parser.add_argument("--steps", type=_count, default=200, metavar="N", help="of each compared run (200)")
-    parser.add_argument("--warmup", type=_count, default=60, metavar="N", help="steps before, balanced (60)")
+    parser.add_argument(
+        "--warmup", type=_count, default=150, metavar="N", help="steps before, balanced (150)"
+    )
     parser.add_argument("--router", default="learned", metavar="KIND", help="(learned)")
     parser.add_argument("--rho", type=float, default=0.5, metavar="ρ", help="router target (0.5)")
-    parser.add_argument("--seq-length", type=_count, default=256, metavar="T", help="(256)")
-    parser.add_argument("--micro-batch-size", type=_count, default=8, metavar="N", help="sequences (8)")
+    parser.add_argument("--seq-length", type=_count, default=1024, metavar="T", help="(1024)")
+    parser.add_argument("--micro-batch-size", type=_count, default=2, metavar="N", help="sequences (2)")
     parser.add_argument("--hidden-size", type=_count, default=96, metavar="H", help="(96)")
     parser.add_argument("--schedule", default="D R*3 A", help="layers (D R*3 A)")
     parser.add_argument(

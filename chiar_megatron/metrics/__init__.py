@@ -18,6 +18,8 @@ One record of `metrics.jsonl` is one logged step. The training loop fills these 
 | validation | `{name: loss}` in nats per token, on the steps that validate |
 | rank_seconds | `{mean, max, max_over_mean, slowest_rank}` over all ranks of their own forward and
   backward work. CUDA: device time, one or two steps old. CPU: processor time |
+| all_layers_executed_max_over_mean | rows that attention executed in all layers, largest over mean of the
+  data-parallel ranks |
 
 Lists, one entry per R layer, of this step:
 

@@ -54,6 +54,8 @@ class BalanceSummary:
     """The same over single micro-batches of all data-parallel ranks."""
     executed_max_over_mean: list[float]
     """Of rows that attention executed in the whole step, over data-parallel ranks."""
+    all_layers_executed_max_over_mean: float
+    """The same for the rows of all layers together, on which a rank's time depends."""
     threshold: list[float]
     """That decided this step's tokens (no meaning for soft and hard routers)."""
     score_histogram: list[list[int]]
@@ -74,6 +76,7 @@ class BalanceSummary:
             rank_max_over_mean=_max_over_mean(light).tolist(),
             micro_batch_max_over_mean=_ratio(most.amax(1) * micro_batches, light.mean(1)).tolist(),
             executed_max_over_mean=_max_over_mean(executed).tolist(),
+            all_layers_executed_max_over_mean=_max_over_mean(executed.sum(0, keepdim=True)).item(),
             threshold=parts["threshold"][rows].tolist(),
             score_histogram=[] if histogram is None else histogram[rows].long().tolist(),
             rank_seconds=seconds if min(seconds) > 0.0 else [],

@@ -149,6 +149,7 @@ class Reporter:
             figures["rank_max_over_mean"] = balance.rank_max_over_mean
             figures["micro_batch_max_over_mean"] = balance.micro_batch_max_over_mean
             figures["executed_max_over_mean"] = balance.executed_max_over_mean
+            figures["all_layers_executed_max_over_mean"] = balance.all_layers_executed_max_over_mean
             if self.config.model.router.kind not in ("soft", "hard"):
                 figures["threshold"] = balance.threshold
         if balance.score_histogram:

@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_recorded_decisions(told: dict[str, list[Told]]
             assert balance.rank_max_over_mean[index] == pytest.approx(by_rank.max() / by_rank.mean())
             expected = by_micro.max() / by_micro.mean()
             assert balance.micro_batch_max_over_mean[index] == pytest.approx(expected)
-            assert balance.executed_max_over_mean[index] == 1.0
+            assert balance.executed_max_over_mean[index] == balance.all_layers_executed_max_over_mean == 1.0
             kept = np.minimum(by_micro, capacity).sum()
             useful = ranks[0].routing[step].useful_over_executed[index]
             assert useful == pytest.approx(kept / (capacity * by_micro.size))

@@ -42,8 +42,8 @@ from chiar_megatron.training.loop import pretrain
 
 SIDES = ("on", "off")
 HEADER = (
-    "balance", "executed rows max÷mean", "worst layer", "light tokens, worst layer", "useful ÷ executed", "overflow ÷ light",
-    "rank seconds mean", "max÷mean", "validation easy", "hard", "mean",
+    "balance", "executed rows max÷mean", "worst layer", "light tokens, worst layer", "useful ÷ executed",
+    "overflow ÷ light", "rank seconds mean", "max÷mean", "validation easy", "hard", "mean",
 )  # fmt: skip
 
 

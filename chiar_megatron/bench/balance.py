@@ -26,6 +26,7 @@ from chiar_megatron.bench.balance_text import (
     skewed_streams,
     write_text,
 )
+from chiar_megatron.bench.checks import Checks
 from chiar_megatron.bench.record import Report
 from chiar_megatron.config.load import config_from_dict, resolve_config
 from chiar_megatron.config.schema import ParallelConfig, RunConfig, RuntimeConfig
@@ -38,9 +39,11 @@ from chiar_megatron.planning.balance import simulate
 from chiar_megatron.runtime.distributed import World, initialize, shutdown
 from chiar_megatron.runtime.env import read_process_env
 from chiar_megatron.runtime.launch import launch_local
+from chiar_megatron.training.detail import traced_replicas
 from chiar_megatron.training.loop import pretrain
 
 SIDES = ("on", "off")
+LOG_INTERVAL = 2
 HEADER = (
     "balance", "executed rows max÷mean", "worst layer", "light tokens, worst layer", "useful ÷ executed",
     "overflow ÷ light", "rank seconds mean", "max÷mean", "validation easy", "hard", "mean",
@@ -115,6 +118,7 @@ def side_config(settings: BalanceSettings, side: str, world_size: int) -> RunCon
     """The recipe of one run, resolved."""
     folder = Path(settings.folder)
     steps = settings.warmup if side == "warmup" else settings.steps
+    traced = settings.micro_batch_size * traced_replicas(settings.micro_batch_size, world_size)
     fields: dict[str, Any] = {
         "run_dir": str(folder / side),
         "model.schedule": settings.schedule,
@@ -132,8 +136,9 @@ def side_config(settings: BalanceSettings, side: str, world_size: int) -> RunCon
         "training.global_batch_size": settings.micro_batch_size * world_size,
         "training.seed": settings.seed,
         "training.eval_steps": 0 if side == "warmup" else 8,
-        "logging.log_interval_steps": 2,
-        "logging.routing_traces": 1024,
+        "logging.log_interval_steps": LOG_INTERVAL,
+        # Those of the second half, which the figures are of.
+        "logging.routing_traces": traced * max(1, steps // (2 * LOG_INTERVAL)),
     }
     if side == "off":
         fields["model.router.capacity"] = "none"
@@ -163,15 +168,16 @@ def _check_text(config: RunConfig, world: World, folder: Path, report: Report | 
     shares = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     shares[world.rank] = plain.double().mean().item()
     dist.all_reduce(shares)
-    if report is None:
-        return
+    # On every rank, so that none goes on alone.
+    checks = Checks() if report is None else report.checks
     for rank, share in enumerate(shares.tolist()):
         kind = kind_of_replica(rank, world.data_parallel_size)
         wanted = (0.9, 0.15)[kind]
-        report.checks.below(
+        checks.below(
             f"rank {rank} has {KINDS[kind]} text: share of digits and blanks", abs(share - wanted), 0.15
         )
-    report.say("; ".join(report.checks.lines()))
+    if report is not None:
+        report.say("; ".join(checks.lines()))
 
 
 def _compare(settings: BalanceSettings, world: World, report: Report) -> None:

@@ -1,17 +1,18 @@
 """How evenly routing loads N ranks: a simulation from the routing traces of a real run.
 
 **Method.** A traced step (`metrics/traces.py`) holds, for some of its training sequences and for each
-routed layer, the light tokens and a histogram of the scores. A simulated step takes the sequences of one
-traced step, in turn, and gives every data-parallel replica as many of them as its micro-batches need,
-drawn with replacement: `mixed` from all of the step's, or `as recorded` replica i only from those of the
-recorded replica i mod (recorded replicas), which keeps what is peculiar to a rank's text. Replicas keep the
-recipe's micro-batches, however many replicas there are.
+routed layer, the light tokens and a histogram of the scores. Neighbouring traced steps are pooled until they
+have 256 sequences. A simulated step takes one pool, in turn, and gives every data-parallel replica as many
+sequences as its micro-batches need, drawn with replacement: `mixed` from the whole pool, or `as recorded`
+replica i only from those of the recorded replica i mod (recorded replicas), which keeps what is peculiar to a
+rank's text. Replicas keep the recipe's micro-batches, however many replicas there are. No sequence is heavier
+than the heaviest traced one.
 
 Light tokens at another threshold come from the sequence's histogram, linear within a bin and exact at the
 recorded threshold. *Without the controller* each layer's threshold stays, in absolute scores, where it was in
-the first traced step; *with it* every step has the threshold that sends ρ of the traced tokens to attention
-(an ideal controller: the real one is a step behind and holds ρ within about 0.01). *With capacity* a
-micro-batch has `C` rows whatever its light tokens; light ones beyond it are mixed.
+the first traced step; *with it* it stands where ρ of a pool's tokens are light, at one place among the scores
+of all the pool's steps (a controller that is right: the real one is a step behind and holds ρ within about
+0.01). *With capacity* a micro-batch has `C` rows whatever its light tokens; light ones beyond it are mixed.
 
 Work is counted by the FLOP ledger (`model/accounting.py`), training, DCTs as matrix products, and time is
 taken to be proportional to it. A layer costs something fixed and something for each light token (its query,
@@ -46,7 +47,7 @@ from chiar_megatron.errors import ChiarError
 from chiar_megatron.metrics.traces import StepTraces, read_traces
 from chiar_megatron.model.accounting import flops_per_sequence
 from chiar_megatron.planning.pipeline_time import step_time
-from chiar_megatron.planning.traced_light import light_of_steps
+from chiar_megatron.planning.traced_light import Pool, pools
 from chiar_megatron.routing.balance import capacity_rows
 
 RANKS = (8, 64, 512, 4096)
@@ -159,13 +160,13 @@ def simulate(
         )
     stages = _equal_stages(config) if stages is None else [list(stage) for stage in stages]
     work = _Work(config, routed, stages, traces)
-    pools = {False: light_of_steps(traces, None), True: light_of_steps(traces, work.target)}
+    pooled = pools(traces, work.target)
     texts = ["mixed"] + (["as recorded"] if len(set(traces[0].replica.tolist())) > 1 else [])
     estimates = []
     for number, replicas in sizes:
         for text in texts:
             generator = np.random.default_rng([seed, number, texts.index(text)])
-            estimates += _estimate(work, traces, pools, (number, replicas, text), generator)
+            estimates += _estimate(work, pooled, (number, replicas, text), generator)
     return Simulation(
         seq_length=work.seq_length,
         layers=tuple(routed),
@@ -233,21 +234,20 @@ class _Work:
 
 def _estimate(
     work: _Work,
-    traces: Sequence[StepTraces],
-    pools: dict[bool, list[Any]],
+    pooled: Sequence[Pool],
     size: tuple[int, int, str],
     generator: np.random.Generator,
 ) -> list[Estimate]:
     """All settings on the same draws."""
     number, replicas, text = size
-    numbers = replicas * work.micro_batches * work.micro_batch_size * pools[True][0].shape[1]
+    numbers = replicas * work.micro_batches * work.micro_batch_size * pooled[0].light_SL[True].shape[1]
     steps = int(np.clip(_NUMBERS // numbers, *_STEPS))
     sums = {setting: _Sums(work) for setting in SETTINGS}
     for step in range(steps):
-        index = step % len(traces)
-        drawn_NMB = _draw(traces[index].replica, (replicas, text), work, generator)
+        pool = pooled[step % len(pooled)]
+        drawn_NMB = _draw(pool.replica_S, (replicas, text), work, generator)
         for controller in (False, True):
-            pool_SL = pools[controller][index]
+            pool_SL = pool.light_SL[controller]
             light_NML = _sum_of_drawn(pool_SL, drawn_NMB)
             work_NML = _sum_of_drawn(work.of_sequences(pool_SL), drawn_NMB)
             sums[controller, False].add(light_NML, light_NML, light_NML, work_NML)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from chiar_megatron.metrics.traces import StepTraces
 from chiar_megatron.routing.statistics import BIN_WIDTH, EDGES, FIRST_EDGE
 
+POOL_SEQUENCES = 256  # the largest of many draws is no larger than the largest there is to draw
 _TAIL = 2.0  # width of the outermost bins, in standard deviations
 
 
@@ -46,20 +48,47 @@ def _interpolate(x: float, knots_X: Any, values_SX: Any) -> Any:
     return values_SX[:, high - 1] * (1.0 - share) + values_SX[:, high] * share
 
 
-def threshold_for(step: StepTraces, target: float) -> Any:
-    """The threshold of each layer at which `target` of the step's tokens are light, by bisection."""
-    spread_L = np.maximum(step.score_deviation, 1e-30)
+@dataclass(frozen=True)
+class Pool:
+    """Sequences of neighbouring traced steps, and their light tokens by whether there is a controller."""
+
+    replica_S: Any
+    light_SL: Mapping[bool, Any]
+
+
+def pools(traces: Sequence[StepTraces], target: float) -> list[Pool]:
+    """The traced steps in order, as many together as make `POOL_SEQUENCES` (the last one may have more).
+
+    target: what a controller holds over a pool; without one thresholds stay where the first step had them.
+    """
+    groups: list[list[StepTraces]] = [[]]
+    for step in traces:
+        if sum(len(member.replica) for member in groups[-1]) >= POOL_SEQUENCES:
+            groups.append([])
+        groups[-1].append(step)
+    if len(groups) > 1 and sum(len(member.replica) for member in groups[-1]) < POOL_SEQUENCES:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return [
+        Pool(
+            np.concatenate([step.replica for step in group]),
+            {
+                False: np.concatenate([light_at(step, traces[0].threshold) for step in group]),
+                True: controlled_light(group, target),
+            },
+        )
+        for group in groups
+    ]
+
+
+def controlled_light(steps: Sequence[StepTraces], target: float) -> Any:
+    """Light tokens `[S, L]` under a controller that is right: each layer's threshold stands at one place
+    among the scores of all steps, mean + z · deviation, where `target` of the tokens are light."""
     reach = -FIRST_EDGE + _TAIL
-    low_L, high_L = step.score_mean - reach * spread_L, step.score_mean + reach * spread_L
+    low_L = np.full(len(steps[0].layers), -reach)
+    high_L = -low_L
     for _ in range(30):
-        middle_L = (low_L + high_L) / 2.0
-        above_L = light_at(step, middle_L).mean(0) / step.seq_length > target
-        low_L, high_L = np.where(above_L, middle_L, low_L), np.where(above_L, high_L, middle_L)
-    return high_L
-
-
-def light_of_steps(traces: Sequence[StepTraces], target: float | None) -> list[Any]:
-    """Light tokens `[S, L]` of every traced step; target: what a controller holds, None without one."""
-    if target is None:
-        return [light_at(step, traces[0].threshold) for step in traces]
-    return [light_at(step, threshold_for(step, target)) for step in traces]
+        z_L = (low_L + high_L) / 2.0
+        light_SL = np.concatenate([light_at(s, s.score_mean + z_L * s.score_deviation) for s in steps])
+        above_L = light_SL.mean(0) / steps[0].seq_length > target
+        low_L, high_L = np.where(above_L, z_L, low_L), np.where(above_L, high_L, z_L)
+    return light_SL

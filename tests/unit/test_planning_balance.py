@@ -19,7 +19,7 @@ from chiar_megatron.metrics.traces import StepTraces, TraceWriter, read_traces
 from chiar_megatron.model.accounting import flops_per_sequence
 from chiar_megatron.planning.balance import simulate
 from chiar_megatron.planning.pipeline_time import step_time
-from chiar_megatron.planning.traced_light import light_at, threshold_for
+from chiar_megatron.planning.traced_light import controlled_light, light_at, pools
 from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.routing.statistics import score_histogram
 
@@ -111,9 +111,21 @@ def test_light_tokens_at_other_thresholds_are_those_of_the_scores() -> None:
         assert np.abs(found - (scores > place).sum(2)).mean() < 0.02 * LENGTH
         counts.append(found)
     assert (np.diff(counts, axis=0) <= 0).all()
+    # A later step, whose scores have drifted: the controller's threshold drifts with them.
+    later = traced(3.0 * gaussian(40, seed=1) + 7.0, 5.0, [0] * 40)
     for target in (0.05, 0.5, 0.9):
-        held = (scores > threshold_for(step, target)[None, :, None]).mean((0, 2))
-        assert held == pytest.approx([target] * 3, abs=0.01)
+        light = controlled_light([step, later], target)
+        assert light.mean(0) / LENGTH == pytest.approx([target] * 3, abs=0.001)
+        assert light[:40].mean() == pytest.approx(light[40:].mean(), rel=0.15)
+
+
+def test_neighbouring_steps_are_pooled() -> None:
+    steps = [traced(gaussian(100, seed=s), 0.1 * s, [0] * 50 + [1] * 50) for s in range(7)]
+    pooled = pools(steps, 0.5)
+    assert [len(pool.replica_S) for pool in pooled] == [300, 400]
+    fixed = np.concatenate([light_at(step, np.zeros(3)) for step in steps[:3]])
+    assert np.array_equal(pooled[0].light_SL[False], fixed)
+    assert len(pools(steps[:1], 0.5)) == 1
 
 
 def test_two_replicas_of_constant_text_by_closed_form() -> None:

@@ -47,7 +47,8 @@ class Change:
             )
         return (
             f"{where}the data-parallel rank with the most light tokens has {self.value:.2f} times the mean: "
-            "model.router.target with capacity auto makes their work equal"
+            "mix the text of ranks. With model.router.target and capacity auto their work is equal all the "
+            "same, and what exceeds a rank's rows overflows"
         )
 
 

@@ -24,7 +24,7 @@ class RoutingStatistics:
 
     sums_F: float64 `[len(FIELDS)]`. `light` is what the router wants, `overflow` the part of it that found
     no row, `rows` what attention executes, used or not (dense dispatch: every token).
-    most_light: float64 `[]`, light tokens before capacity of the fullest micro-batch: of the whole
+    most_light: float64 `[1]`, light tokens before capacity of the fullest micro-batch: of the whole
     micro-batch where layers skip, of this rank's part of it where they compute densely.
     last_score_SB, last_light_SB: this rank's part of the last micro-batch; None before the first.
     """
@@ -32,7 +32,8 @@ class RoutingStatistics:
     def __init__(self) -> None:
         device = current_device()
         self.sums_F = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
-        self.most_light = torch.zeros((), dtype=torch.float64, device=device)
+        # Of one element: a write to a tensor without dims gets lost in compiled code on a CPU.
+        self.most_light = torch.zeros(1, dtype=torch.float64, device=device)
         self.last_score_SB: Tensor | None = None
         self.last_light_SB: Tensor | None = None
 
@@ -74,7 +75,7 @@ class Counts:
 def take_all(statistics: Sequence[RoutingStatistics]) -> Counts:
     """The counts of several layers so far; each starts anew."""
     sums, most = [layer.sums_F for layer in statistics], [layer.most_light for layer in statistics]
-    counts = Counts(torch.stack(sums), torch.stack(most))
+    counts = Counts(torch.stack(sums), torch.cat(most))
     torch._foreach_zero_([*sums, *most])
     return counts
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from chiar_megatron.model.layer import ChiarLayer
@@ -73,7 +74,8 @@ class Detail:
             return parts
         replica = world.data_parallel_rank
         rows = [layer.layer_number - 1 for layer in routed]
-        speaks = world.tensor_parallel_rank == 0
+        # For what all ranks of a micro-batch hold alike.
+        speaks = world.tensor_parallel_rank == 0 and parallel_state.get_context_parallel_rank() == 0
         scores, lights = _last(routed)
         for place, row in enumerate(rows):
             if owns_part:

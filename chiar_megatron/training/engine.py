@@ -14,6 +14,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from chiar_megatron.config.mcore import ddp_config
+from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.dataset import TokenBatch
 from chiar_megatron.model.build import SHARDING_METADATA, build_model
@@ -168,7 +169,8 @@ class MegatronEngine:
             variance_L = square_L / tokens_L.clamp_min(1.0) - mean_L.square()
             place = (mean_L, variance_L.clamp_min(0.0).sqrt())
         seconds = self.stopwatch.seconds()
-        return Detail(self.module.config.num_layers, len(batches), place, seconds, traced)
+        layers = len(parse_schedule(self.config.model.schedule))
+        return Detail(layers, len(batches), place, seconds, traced)
 
     @torch.no_grad()
     def _update(self, sums: DeviceSums, grad_norm: torch.Tensor, taken: torch.Tensor) -> None:

@@ -73,30 +73,39 @@ class Detail:
         if counts is None:
             return parts
         replica = world.data_parallel_rank
-        rows = [layer.layer_number - 1 for layer in routed]
         # For what all ranks of a micro-batch hold alike.
         speaks = world.tensor_parallel_rank == 0 and parallel_state.get_context_parallel_rank() == 0
+        rows = [layer.layer_number - 1 for layer in routed]
+
+        def whole(values_RX: Tensor) -> Tensor:
+            return of_all_layers(values_RX, rows, self.layers)
+
+        if owns_part:
+            parts["light"][:, replica] = whole(counts.sums_LF[:, FIELDS.index("light")])
+            parts["rows"][:, replica] = whole(counts.sums_LF[:, FIELDS.index("rows")])
+        if speaks:
+            parts["most_light"][:, replica] = whole(counts.most_light_L)
+            thresholds = [layer.router.threshold for layer in routed if layer.router is not None]
+            if replica == 0:
+                parts["threshold"] = whole(torch.stack(thresholds).double())
         scores, lights = _last(routed)
-        for place, row in enumerate(rows):
-            if owns_part:
-                parts["light"][row, replica] = counts.sums_LF[place, FIELDS.index("light")]
-                parts["rows"][row, replica] = counts.sums_LF[place, FIELDS.index("rows")]
-            if speaks:
-                parts["most_light"][row, replica] = counts.most_light_L[place]
-            router = routed[place].router
-            if speaks and replica == 0 and router is not None:
-                parts["threshold"][row] = router.threshold
         if self.score_place is None or scores is None or lights is None or not owns_part:
             return parts
-        mean_L, deviation_L = (torch.stack([x[row] for row in rows]) for x in self.score_place)
-        histogram_LBX = score_histogram(scores, mean_L, deviation_L)
-        light_LB = lights.sum(dim=1).double()
-        for place, row in enumerate(rows):
-            parts["histogram"][row] = histogram_LBX[place].sum(0)
-            if self.traced and replica < parts["traced_light"].shape[1]:
-                parts["traced_light"][row, replica] = light_LB[place]
-                parts["traced_histogram"][row, replica] = histogram_LBX[place]
+        mean_R, deviation_R = (torch.stack([x_L[row] for row in rows]) for x_L in self.score_place)
+        histogram_RBX = score_histogram(scores, mean_R, deviation_R)
+        parts["histogram"] = whole(histogram_RBX.sum(1))
+        if self.traced and replica < parts["traced_light"].shape[1]:
+            parts["traced_light"][:, replica] = whole(lights.sum(dim=1).double())
+            parts["traced_histogram"][:, replica] = whole(histogram_RBX)
         return parts
+
+
+def of_all_layers(values_RX: Tensor, rows: Sequence[int], layers: int) -> Tensor:
+    """`[layers, ...]` with R layers' values in their rows and 0 elsewhere, in one launch: an index would be
+    copied to the device while the host waits."""
+    nothing_X = torch.zeros_like(values_RX[0])
+    held = dict(zip(rows, values_RX.unbind(), strict=True))
+    return torch.stack([held.get(row, nothing_X) for row in range(layers)])
 
 
 def traced_replicas(sequences: int, replicas: int) -> int:

@@ -21,7 +21,7 @@ from chiar_megatron.routing.meta_router import MetaRouter
 from chiar_megatron.routing.statistics import FIELDS, take_all
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
-from chiar_megatron.training.detail import Detail
+from chiar_megatron.training.detail import Detail, of_all_layers
 from chiar_megatron.training.packing import Packing
 
 LOSS, Z_LOSS, TOKENS, STOP, SAVE = range(5)  # places of the scalars that every rank may add to
@@ -174,8 +174,8 @@ def reduce_step(
     if routed:
         counts = take_all([layer.statistics for layer in routed if layer.statistics is not None])
         if owns_part:
-            for row, layer in enumerate(routed):
-                sums_LF[layer.layer_number - 1] = counts.sums_LF[row]
+            rows = [layer.layer_number - 1 for layer in routed]
+            sums_LF = of_all_layers(counts.sums_LF, rows, layers)
     meta = torch.zeros(hidden + 2, dtype=torch.float64, device=world.device)
     meta_router = meta_router_of(model)
     if meta_router is not None:

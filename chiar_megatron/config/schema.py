@@ -297,6 +297,9 @@ class LoggingConfig:
     wandb_mode: Optional[Literal["online", "offline"]] = None
     """null: online if a key is configured, else offline."""
 
+    routing_traces: int = 0
+    """Newest sequences whose routing `<run folder>/routing_traces` keeps, for `chiar plan`; 0: none."""
+
 
 @dataclass(frozen=True)
 class RuntimeConfig:

@@ -60,7 +60,7 @@ LIMITS = (
             "training.z_loss", "training.eval_interval_steps", "training.eval_steps",
             "training.exit_after_steps", "training.exit_after_minutes",
             "checkpoint.save_interval_steps", "checkpoint.save_interval_minutes", "checkpoint.keep_last",
-            "checkpoint.keep_every_minutes", "checkpoint.load_step",
+            "checkpoint.keep_every_minutes", "checkpoint.load_step", "logging.routing_traces",
         ),
     ),
     _Limit("between 0 and 1", lambda value: 0 <= value <= 1, ("model.router.random_fraction",)),

@@ -12,6 +12,7 @@ import torch
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.dataset import TokenBatch
 from chiar_megatron.model.build import SHARDING_METADATA, build_model
@@ -23,6 +24,7 @@ from chiar_megatron.runtime.paths import compiles, replays_steps
 from chiar_megatron.training.cuda_graph import GraphedPass, Pass, use_side_stream
 from chiar_megatron.training.data_parallel import wrap
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
+from chiar_megatron.training.detail import Detail, Stopwatch
 from chiar_megatron.training.main_gradients import CopiedGradients
 from chiar_megatron.training.optimizer import (
     LearningRate,
@@ -113,6 +115,8 @@ class MegatronEngine:
         self._train_pass: Pass = partial(self._run, forward_only=False)
         if graphed:
             self._train_pass = GraphedPass(CopiedGradients(self._train_pass, self.module))
+        self.stopwatch = Stopwatch(world.device)
+        self._last_sums: DeviceSums | None = None
         # Steps that may be under way while the host judges the one before.
         self.steps_ahead = 1 if world.device.type == "cuda" else 0
 
@@ -133,21 +137,28 @@ class MegatronEngine:
         return self.launch_step(batches, step, requests).result()
 
     def launch_step(
-        self, batches: Sequence[TokenBatch], step: int, requests: Callable[[], Requests] = Requests
+        self,
+        batches: Sequence[TokenBatch],
+        step: int,
+        requests: Callable[[], Requests] = Requests,
+        detailed: bool = True,
     ) -> PendingStep:
         """`train_step` whose figures are not waited for: on CUDA all of it, whether the step is taken
-        included, is decided on the device, and the host may go on."""
+        included, is decided on the device, and the host may go on. detailed: with what log intervals tell
+        besides the sums (every rank must say the same)."""
         seed_random_streams(self.config.training.seed, step, self.world)
         learning_rate = self.learning_rate.set(step)
         for wrapped in self.wrapped:
             wrapped.train()
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._train_pass(batches)
+        reports = self.stopwatch.time(lambda: self._train_pass(batches))
         # But for the division by the number of tokens, which would wait for the host and pass over all
         # gradients once more: the update divides.
         finalize_model_grads(self.wrapped, None)
-        sums = reduce_step(self.chunks, reports, self.world, requests())
+        detail = self._detail(batches) if detailed else None
+        sums = reduce_step(self.chunks, reports, self.world, requests(), detail)
+        self._last_sums = sums
         self.optimizer.prepare_grads()
         # Gradients are sums over tokens; nothing divides them but the update itself.
         grad_norm = gradient_norm(self.optimizer) / sums.tokens
@@ -155,6 +166,18 @@ class MegatronEngine:
         taken = torch.isfinite(sums.loss) & torch.isfinite(grad_norm)
         self._update(sums, grad_norm, taken)
         return PendingStep(sums, grad_norm, taken, learning_rate)
+
+    def _detail(self, batches: Sequence[TokenBatch]) -> Detail:
+        traced = batches[0].tokens_BS.shape[0] if self.config.logging.routing_traces else 0
+        place = None
+        if self._last_sums is not None:
+            tokens_L, _, score_L, square_L = self._last_sums.routing_LF[:, :4].unbind(1)
+            mean_L = score_L / tokens_L.clamp_min(1.0)
+            variance_L = square_L / tokens_L.clamp_min(1.0) - mean_L.square()
+            place = (mean_L, variance_L.clamp_min(0.0).sqrt())
+        seconds = self.stopwatch.seconds()
+        layers = len(parse_schedule(self.config.model.schedule))
+        return Detail(layers, len(batches), place, seconds, traced)
 
     @torch.no_grad()
     def _update(self, sums: DeviceSums, grad_norm: torch.Tensor, taken: torch.Tensor) -> None:

@@ -141,7 +141,7 @@ def test_unknown_override_names_the_nearest_field(recipe: Recipe, key: str, near
         ("model: {router: {treshold: 1}}", "unknown field model.router.treshold; "
          "nearest: model.router.threshold"),
         ("logging: {qqq: 1}", "unknown field logging.qqq; "
-         "fields of logging: log_interval_steps, tensorboard, wandb_project, wandb_mode"),
+         "fields of logging: log_interval_steps, tensorboard, wandb_project, wandb_mode, routing_traces"),
         ("training: {steps: abc}", "training.steps: 'abc' is not an integer"),
         ("training: {steps: 1.5}", "training.steps: '1.5' is not an integer"),
         ("training: {steps: true}", "training.steps: 'true' is not an integer"),
@@ -155,7 +155,7 @@ def test_unknown_override_names_the_nearest_field(recipe: Recipe, key: str, near
         ("data: {train: prefix}", "data.train: 'prefix' is not a list of texts, such as [\"a\", \"b\"]"),
         ("model: {schedule: {D: 1}}", "model.schedule: {'D': '1'} is not a text"),
         ("logging: 3", "logging: '3' is not a mapping; "
-         "fields: log_interval_steps, tensorboard, wandb_project, wandb_mode"),
+         "fields: log_interval_steps, tensorboard, wandb_project, wandb_mode, routing_traces"),
         ("model: {preset: 40m}", "model.preset: '40m' is unknown; use one of tiny, tiny-twin, 17m, 17m-twin, "
          "400m, 400m-twin"),
     ],

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -134,7 +133,9 @@ def _read_slice(
     items, covered = [], 0
     for number, chunk in enumerate(stored.chunks):
         starts = [max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True)]
-        ends = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
+        ends = [
+            min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)
+        ]
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         if any(length <= 0 for length in lengths):
             continue
@@ -177,7 +178,9 @@ class TorchDistWriter:
     Each file stands for what one rank would have written, so that torch's own planner makes the metadata.
     """
 
-    def __init__(self, folder: Path, chunks: Sequence[Chunk], objects: Sequence[str], file_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, chunks: Sequence[Chunk], objects: Sequence[str], file_bytes: int
+    ) -> None:
         """objects: keys of empty objects, which megatron-core's layers expect."""
         self.folder = folder
         self.files = _in_files(chunks, file_bytes)
@@ -188,6 +191,11 @@ class TorchDistWriter:
         self._writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
         self._plans = self._writer.prepare_global_plan(self._plans)
         self._results: list[list[WriteResult]] = []
+
+    @property
+    def file_sizes(self) -> list[int]:
+        """Bytes of the tensors in each file."""
+        return [sum(map(_bytes, file)) for file in self.files]
 
     def file_name(self, number: int) -> str:
         """Name of the file of that number."""
@@ -236,13 +244,17 @@ def _in_files(chunks: Sequence[Chunk], file_bytes: int) -> list[list[Chunk]]:
     files: list[list[Chunk]] = [[]]
     size = 0
     for chunk in chunks:
-        own = torch.Size(chunk.tensor.shape).numel() * chunk.tensor.dtype.itemsize
+        own = _bytes(chunk)
         if files[-1] and size + own > file_bytes:
             files.append([])
             size = 0
         files[-1].append(chunk)
         size += own
     return files
+
+
+def _bytes(chunk: Chunk) -> int:
+    return torch.Size(chunk.tensor.shape).numel() * chunk.tensor.dtype.itemsize
 
 
 def _item(chunk: Chunk) -> WriteItem:
@@ -273,8 +285,3 @@ def _result(place: list[Any]) -> WriteResult:
     key, offset, number, size, *where = place
     index = MetadataIndex(key, None if offset is None else torch.Size(offset), number)
     return WriteResult(index=index, size_in_bytes=size, storage_data=_StorageInfo(*where))
-
-
-def has_objects(metadata: Metadata) -> bool:
-    """Whether anything but tensors is stored."""
-    return any(isinstance(stored, BytesStorageMetadata) for stored in metadata.state_dict_metadata.values())

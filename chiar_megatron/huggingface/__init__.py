@@ -1,8 +1,8 @@
 """CHIAR-Former in Hugging Face's `transformers`: importing this package registers it with the Auto classes.
 
-    import chiar_megatron.huggingface
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("folder of chiar convert --to huggingface")
+import chiar_megatron.huggingface
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("folder of chiar convert --to huggingface")
 """
 
 from __future__ import annotations

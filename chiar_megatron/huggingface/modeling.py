@@ -131,6 +131,57 @@ class ChiarPreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.gate_proj.bias, self.config.meta_router["bias_init"])
 
 
+def token_context(
+    config: ChiarConfig,
+    x: Tensor,
+    ids_BS: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    routing: Routing | None,
+) -> TokenContext:
+    """What the layers are told of the tokens whose embeddings are x `[b, s, h]`."""
+    past = 0 if cache is None else int(cache.get_seq_length())
+    total = past + x.shape[1]
+    present = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] != total:
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}, must be [batch, {total}]"
+            )
+        present = attention_mask.bool()
+        if bool(present.all()):
+            present = None
+    if position_ids is None:
+        if present is None:
+            position_ids = torch.arange(past, total, device=x.device)[None]
+        else:
+            position_ids = (present.long().cumsum(dim=1) - 1).clamp_min(0)[:, past:]
+    scaling = RotaryScalingConfig(**config.rotary_scaling)
+    frequency_D = rotary_frequencies(config.head_dim, config.rotary_base, scaling, x.device)
+    angle = position_ids.float()[..., None, None] * frequency_D
+    return TokenContext(position_ids, angle.cos(), angle.sin(), ids_BS, present, cache, routing, past)
+
+
+def recall(config: ChiarConfig, x: Tensor, context: TokenContext) -> tuple[Tensor, Tensor] | None:
+    """Documents into the context; the prefix mean's sums and counts. Under a cache they lie in a slot of
+    their own, or in layer 1's where it has no attention."""
+    pools = config.meta_router["enabled"] and config.meta_router["pooling"] == "causal"
+    end = None
+    if config.mask_documents and config.eos_token_id is not None and context.ids_BS is not None:
+        end = context.ids_BS == config.eos_token_id
+    first_is_free = parse_schedule(config.schedule)[0] == "D"  # its slot tells how many tokens were seen
+    if not pools and end is None and not first_is_free:
+        return None
+    present = None if context.present_BT is None else context.present_BT[:, context.past :]
+    slot = 0 if first_is_free else config.num_hidden_layers
+    memory = remember(x, end, present, pools, context.cache, slot)
+    context.document_BT = memory.documents_BT
+    if memory.sums_BSH is None or memory.counts_BS1 is None:
+        return None
+    return memory.sums_BSH, memory.counts_BS1
+
+
 class ChiarModel(ChiarPreTrainedModel):
     """Embedding, layers, final norm: ids `[b, s]` to `[b, s, h]`."""
 
@@ -168,8 +219,8 @@ class ChiarModel(ChiarPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        context = self._context(x, input_ids, attention_mask, position_ids, cache, routing)
-        prefix = self._remember(x, context)
+        context = token_context(self.config, x, input_ids, attention_mask, position_ids, cache, routing)
+        prefix = recall(self.config, x, context)
         x = F.dropout(x, self.config.dropout, self.training)
         states = [x]
         for layer in self.layers:
@@ -196,56 +247,6 @@ class ChiarModel(ChiarPreTrainedModel):
         if config.blends_rbf:
             raise ValueError("RBF mixing keeps no cache in this model; pass use_cache=False")
         return DynamicCache() if cache is None else cache
-
-    def _context(
-        self,
-        x: Tensor,
-        ids_BS: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        routing: Routing | None,
-    ) -> TokenContext:
-        past = 0 if cache is None else int(cache.get_seq_length())
-        total = past + x.shape[1]
-        present = None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[1] != total:
-                raise ValueError(
-                    f"attention_mask has shape {list(attention_mask.shape)}, must be [batch, {total}]"
-                )
-            present = attention_mask.bool()
-            if bool(present.all()):
-                present = None
-        if position_ids is None:
-            if present is None:
-                position_ids = torch.arange(past, total, device=x.device)[None]
-            else:
-                position_ids = (present.long().cumsum(dim=1) - 1).clamp_min(0)[:, past:]
-        config = self.config
-        scaling = RotaryScalingConfig(**config.rotary_scaling)
-        frequency_D = rotary_frequencies(config.head_dim, config.rotary_base, scaling, x.device)
-        angle = position_ids.float()[..., None, None] * frequency_D
-        return TokenContext(position_ids, angle.cos(), angle.sin(), ids_BS, present, cache, routing, past)
-
-    def _remember(self, x: Tensor, context: TokenContext) -> tuple[Tensor, Tensor] | None:
-        """Documents into the context; the prefix mean's sums and counts. Under a cache they lie in a slot of
-        their own, or in layer 1's where it has no attention."""
-        config = self.config
-        pools = config.meta_router["enabled"] and config.meta_router["pooling"] == "causal"
-        end = None
-        if config.mask_documents and config.eos_token_id is not None and context.ids_BS is not None:
-            end = context.ids_BS == config.eos_token_id
-        first_is_free = self.layers[0].kind == "D"  # its slot tells how many tokens were seen
-        if not pools and end is None and not first_is_free:
-            return None
-        present = None if context.present_BT is None else context.present_BT[:, context.past :]
-        slot = 0 if first_is_free else len(self.layers)
-        memory = remember(x, end, present, pools, context.cache, slot)
-        context.document_BT = memory.documents_BT
-        if memory.sums_BSH is None or memory.counts_BS1 is None:
-            return None
-        return memory.sums_BSH, memory.counts_BS1
 
 
 class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):

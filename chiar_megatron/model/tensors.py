@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from chiar_megatron.config.fields import nearest_name
+from chiar_megatron.config.problems import MAX_LINES
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import ModelConfig
+from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.pieces import Sizes
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -55,9 +59,7 @@ def extra_states(model: ModelConfig) -> list[str]:
     return [f"{name}._extra_state" for name in names if name.endswith(layers)]
 
 
-def split_heads(
-    qkv: Tensor, heads: int, groups: int, head_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, heads: int, groups: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value rows of megatron-core's fused `linear_qkv` `[(heads + 2·groups)·d, ...]`: for each
     group its query heads, one key, one value."""
     grouped = qkv.unflatten(0, (groups, heads // groups + 2, head_size))
@@ -140,3 +142,35 @@ class LazyTensor:
     dtype: torch.dtype
     load: Callable[[], Tensor]
     """Reads it: of that shape and dtype, on the CPU, not to be written into."""
+
+
+def mismatches(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, surplus or of another shape, a line each with the nearest name; [] if all fits."""
+    missing = [name for name in wanted if name not in found]
+    surplus = [name for name in found if name not in wanted]
+    lines = [f"missing {name} {list(wanted[name])}{_nearest(name, surplus, found)}" for name in missing]
+    lines += [
+        f"surplus {name} {list(found[name])}{_nearest(name, missing or list(wanted), wanted)}"
+        for name in surplus
+    ]
+    lines += [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    return lines
+
+
+def refuse(problems: list[str], path: Path, what: str) -> None:
+    """Raise CheckpointError with the problems, if there are any, in no more lines than a screen takes."""
+    if not problems:
+        return
+    room = MAX_LINES - 1
+    if len(problems) > room:
+        problems = [*problems[: room - 1], f"and {len(problems) - room + 1} more"]
+    raise CheckpointError("\n".join([f"{path}: {what}:", *problems]))
+
+
+def _nearest(name: str, candidates: list[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    nearest = nearest_name(name, candidates)
+    return f"{nearest} {list(shapes[nearest.split(': ')[1]])}" if nearest else ""

@@ -17,9 +17,7 @@ from chiar_megatron.runtime.paths import kernels_available
 class RotaryEmbedding(torch.nn.Module):
     """Rotate-half rotary positions over the whole head (RoFormer; halves as in Llama)."""
 
-    def __init__(
-        self, head_size: int, base: float, max_length: int, scaling: RotaryScalingConfig
-    ) -> None:
+    def __init__(self, head_size: int, base: float, max_length: int, scaling: RotaryScalingConfig) -> None:
         """max_length: positions expected; later ones make the tables grow."""
         super().__init__()
         self.head_size = head_size

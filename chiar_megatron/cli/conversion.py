@@ -42,6 +42,21 @@ def add_convert(verbs: Verbs) -> None:
     convert.add_argument(
         "--shard-bytes", type=_size, default=2 * 10**9, metavar="N", help="largest file, such as 500MB (2GB)"
     )
+    convert.add_argument(
+        "--checkpoint-format", choices=("torch_dist", "torch"), default="torch_dist",
+        help="megatron: distributed (the default), or mp_rank_XX files",
+    )  # fmt: skip
+    convert.add_argument("--tensor-parallel", type=count, default=1, metavar="N", help="of mp_rank_XX files")
+    convert.add_argument(
+        "--pipeline-parallel", type=count, default=1, metavar="N", help="of mp_rank_XX files"
+    )
+    convert.add_argument(
+        "--transformer-impl", choices=("transformer_engine", "local"), default="transformer_engine",
+        help="megatron: whose names mp_rank_XX files bear (transformer_engine)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--schedule", metavar="S", help="layers of the CHIAR model a dense one becomes: R*32"
+    )
     convert.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
     convert.set_defaults(run=_convert)
 
@@ -57,14 +72,21 @@ def _size(text: str) -> int:
 
 def _convert(parsed: argparse.Namespace) -> int:
     from chiar_megatron.conversion.convert import convert, inspect, inspection, summary
-    from chiar_megatron.conversion.formats import ConvertOptions, ReferenceOptions
+    from chiar_megatron.conversion.formats import ConvertOptions, MegatronOptions, ReferenceOptions
     from chiar_megatron.runtime.distributed import shutdown
     from chiar_megatron.runtime.env import check_versions
 
     check_versions()
     options = ConvertOptions(
         reference=ReferenceOptions(parsed.num_heads, parsed.tau_low, parsed.tau_high, parsed.routing_mode),
+        megatron=MegatronOptions(
+            parsed.checkpoint_format,
+            parsed.tensor_parallel,
+            parsed.pipeline_parallel,
+            parsed.transformer_impl,
+        ),
         tokenizer=parsed.tokenizer,
+        schedule=parsed.schedule,
         dtype=parsed.dtype,
         shard_bytes=parsed.shard_bytes,
         verify=not parsed.no_verify,

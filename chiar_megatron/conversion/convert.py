@@ -14,16 +14,13 @@ from chiar_megatron.checkpoint.files import file_digest, write_durably
 from chiar_megatron.config.load import to_dict
 from chiar_megatron.conversion.canonical import Canonical, cast
 from chiar_megatron.conversion.formats import ConvertOptions, Format
-from chiar_megatron.conversion.huggingface_format import HuggingFace
 from chiar_megatron.conversion.journal import Journal, source_fingerprint
-from chiar_megatron.conversion.native import Native
-from chiar_megatron.conversion.reference_format import Reference
 from chiar_megatron.conversion.verify import Agreement, Side, verify
 from chiar_megatron.data.tokenizer import load_tokenizer
 from chiar_megatron.errors import CheckpointError, ConfigError
 from chiar_megatron.runtime.distributed import single_process_world
 
-FORMATS: dict[str, Format] = {format.name: format for format in (Native(), Reference(), HuggingFace())}
+FORMATS = ("native", "reference", "huggingface", "megatron")
 REPORT = "conversion.json"
 __all__ = ["ConvertOptions", "convert", "inspect", "summary"]
 
@@ -86,11 +83,8 @@ def inspect(source: Path, options: ConvertOptions, source_format: str | None = N
         raise CheckpointError(_missing(source))
     if source_format is not None and source_format not in FORMATS:
         raise ConfigError(f"--from {source_format} is unknown; use one of {', '.join(FORMATS)}")
-    known = [
-        f
-        for f in FORMATS.values()
-        if f.name == source_format or source_format is None and f.recognises(source)
-    ]
+    names = FORMATS if source_format is None else (source_format,)
+    known = [format for format in map(_format, names) if source_format or format.recognises(source)]
     if not known:
         raise CheckpointError(f"{source} is of no known format ({', '.join(FORMATS)}); name it by --from")
     format = known[0]
@@ -138,6 +132,27 @@ def _headline(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _format(name: str) -> Format:
+    """Imported when it is asked for: not everyone has transformers."""
+    if name == "native":
+        from chiar_megatron.conversion.native import Native
+
+        return Native()
+    if name == "reference":
+        from chiar_megatron.conversion.reference_format import Reference
+
+        return Reference()
+    if name == "megatron":
+        from chiar_megatron.conversion.megatron import Megatron
+
+        return Megatron()
+    try:
+        from chiar_megatron.conversion.huggingface_format import HuggingFace
+    except ImportError as error:
+        raise ConfigError(f"huggingface: {error}; install chiar-megatron[huggingface]") from None
+    return HuggingFace()
+
+
 def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:
     for option, name in (("--from", source_format), ("--to", target_format)):
         if name not in FORMATS:
@@ -149,7 +164,7 @@ def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:
             f"--from {source_format} --to {target_format}: convert to native first, then from native to "
             f"{target_format}"
         )
-    return FORMATS[source_format], FORMATS[target_format]
+    return _format(source_format), _format(target_format)
 
 
 def _missing(path: Path) -> str:

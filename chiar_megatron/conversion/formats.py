@@ -76,7 +76,7 @@ class Answer:
     """bool: who took attention (soft: where attention weighs most)."""
     score_BS: dict[int, Tensor] = field(default_factory=dict)
     border: dict[int, float] = field(default_factory=dict)
-    """The score above which a token goes to attention."""
+    """The score above which a token goes to attention; blends have none, their score is attention's weight."""
     entropy_BS: dict[int, Tensor] = field(default_factory=dict)
     meta_gate: float | None = None
 

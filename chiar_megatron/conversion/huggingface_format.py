@@ -115,9 +115,8 @@ class HuggingFace(Format):
             layer = ChiarDecoderLayer(config, index).eval()
             _fill(layer, stored, f"model.layers.{index}.")
             x = layer(x, context, prefix)
-            if layer.kind == "R":
-                blends = config.router["kind"] in ("soft", "hard")
-                border[index + 1] = 0.5 if blends else float(layer.router.threshold)
+            if layer.kind == "R" and config.router["kind"] not in ("soft", "hard"):
+                border[index + 1] = float(layer.router.threshold)
         norm = make_norm(config)
         _fill(norm, stored, "model.norm.")
         head = stored["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]

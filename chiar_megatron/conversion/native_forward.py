@@ -50,9 +50,8 @@ def native_answer(
         x_SBH, _ = layer(x_SBH, context)
         if layer.meta_router is not None:
             answer.meta_gate = float(layer.meta_router.last_gate)
-        if layer.router is not None:
-            is_blend = config.router.kind in ("soft", "hard")
-            answer.border[index + 1] = 0.5 if is_blend else float(layer.router.threshold)
+        if layer.router is not None and config.router.kind not in ("soft", "hard"):
+            answer.border[index + 1] = float(layer.router.threshold)
     norm = Norm(settings, config.hidden_size)
     fill(norm, model, "decoder.final_layernorm.")
     head_VH = model.tensors[EMBEDDING if config.tie_embeddings else HEAD].load().float()

@@ -306,7 +306,11 @@ def _floats(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> dict[s
     refuse(wrong, path, "weights must be floating-point")
     tensors = {name: tensor.detach() for name, tensor in state.items()}
     refuse(
-        [f"{name} has values that are not finite" for name, t in tensors.items() if not t.isfinite().all()],
+        [
+            f"{name} has values that are not finite"
+            for name, t in tensors.items()
+            if not t.float().isfinite().all()
+        ],
         path,
         "it holds no usable weights",
     )

@@ -133,12 +133,12 @@ class Reference(Format):
         is_threshold = checkpoint.routing_mode == "threshold"
         entropy = {number: values + offset for number, values in theirs.entropy_BS.items()}
         # A float32 threshold, as the checkpoint holds it.
-        border = float(torch.tensor(checkpoint.threshold)) if is_threshold else 0.5
+        border = float(torch.tensor(checkpoint.threshold))
         return Answer(
             theirs.logits_BSV,
             theirs.light_BS,
             entropy if is_threshold else theirs.weight_BS,
-            dict.fromkeys(theirs.light_BS, border),
+            dict.fromkeys(theirs.light_BS, border) if is_threshold else {},
             entropy,
             theirs.meta_gate,
         )

@@ -35,6 +35,8 @@ class ReferenceAnswer:
     """By number of the routed layer, from 1."""
     light_BS: dict[int, Tensor] = field(default_factory=dict)
     """True: attention (soft: where attention weighs most)."""
+    margin_BS: dict[int, Tensor] = field(default_factory=dict)
+    """How far the score lies from where the decision changes."""
     weight_BS: dict[int, Tensor] = field(default_factory=dict)
     """Attention's weight, of soft and hard routers."""
 
@@ -127,6 +129,7 @@ class _Forward:
         light_BS = self.forced_light_BS.get(index + 1, score_BS > border)
         answer.entropy_BS[index + 1] = entropy_BS
         answer.light_BS[index + 1] = light_BS
+        answer.margin_BS[index + 1] = (score_BS - border).abs()
         if self.checkpoint.routing_mode != "threshold":
             answer.weight_BS[index + 1] = score_BS
         weight_BS = score_BS if self.checkpoint.routing_mode == "soft" else light_BS.to(self.dtype)

@@ -122,12 +122,18 @@ def changed_tensors(wanted: Canonical, found: Canonical, advance: Callable[[int]
 
 def compare(own: Answer, theirs: Answer, slack: float = 1.0, tensors: int = 0) -> Agreement:
     """Differences of a target's answers, given with the source's decisions forced upon it."""
-    margins = {n: (score - own.border[n]).abs() for n, score in own.score_BS.items()}
-    compared = {number: margin >= slack * DECISION_MARGIN for number, margin in margins.items()}
-    differing = [
-        ((theirs.score_BS[number] > theirs.border[number]) != light)[compared[number]]
-        for number, light in own.light_BS.items()
-    ]
+    compared, differing = 0, 0
+    for number, score in own.score_BS.items():
+        other, border = theirs.score_BS[number], own.border.get(number)
+        if border is None:
+            is_clear = torch.ones_like(score, dtype=torch.bool)
+            is_other = (other - score).abs() > slack * LOGIT_TOLERANCE
+        else:
+            is_clear = (score - border).abs() >= slack * DECISION_MARGIN
+            is_other = (other > theirs.border[number]) != own.light_BS[number]
+        compared += int(is_clear.sum())
+        differing += int((is_other & is_clear).sum())
+    routed = sum(score.numel() for score in own.score_BS.values())
     gates = (own.meta_gate, theirs.meta_gate)
     gate = 0.0 if gates[0] is None or gates[1] is None else abs(gates[0] - gates[1])
     if (gates[0] is None) != (gates[1] is None):
@@ -137,9 +143,9 @@ def compare(own: Answer, theirs: Answer, slack: float = 1.0, tensors: int = 0) -
         logits=_largest(own.logits_BSV, theirs.logits_BSV),
         entropy=max((_largest(own.entropy_BS[n], theirs.entropy_BS[n]) for n in own.entropy_BS), default=0.0),
         meta_gate=gate,
-        tokens_routed=sum(light.numel() for light in own.light_BS.values()),
-        tokens_too_near_the_threshold=sum(int((~mask).sum()) for mask in compared.values()),
-        decisions_differing=sum(int(different.sum()) for different in differing),
+        tokens_routed=routed,
+        tokens_too_near_the_threshold=routed - compared,
+        decisions_differing=differing,
         slack=slack,
     )
 

@@ -18,7 +18,8 @@ from chiar_megatron.conversion.hf_tokenizers import find_tokenizer, write_tokeni
 from chiar_megatron.conversion.journal import Journal
 from chiar_megatron.conversion.native_forward import with_rounding_noise
 from chiar_megatron.conversion.remote_code import AUTO_MAP, write_remote_code
-from chiar_megatron.errors import CheckpointError
+from chiar_megatron.conversion.upcycle import dense_answer, is_dense, read_dense
+from chiar_megatron.errors import CheckpointError, ConfigError
 from chiar_megatron.huggingface.folder import (
     CONFIG,
     INDEX,
@@ -47,7 +48,11 @@ class HuggingFace(Format):
         return path.is_dir() and is_folder(path)
 
     def read(self, path: Path, options: ConvertOptions) -> Canonical:
-        """Of a CHIAR model."""
+        """Of a CHIAR model, or of a dense one with what makes it CHIAR."""
+        if is_dense(path):
+            return read_dense(path, options)
+        if options.schedule is not None:
+            raise ConfigError(f"--schedule {options.schedule}: {path} holds no dense model to upcycle")
         foreign = read_chiar_config(path)
         config = native_config(foreign, path)
         progress: dict[str, Any] = getattr(foreign, "pretraining", None) or {}
@@ -104,6 +109,8 @@ class HuggingFace(Format):
         noisy: bool = False,
     ) -> Answer:
         """By the `transformers` model's layers."""
+        if is_dense(path):
+            return dense_answer(path, ids_BS, noisy)
         config, stored = read_chiar_config(path), stored_tensors(path)
         routing = Routing(forced=dict(forced_BS or {}))
         x = F.embedding(ids_BS, stored["model.embed_tokens.weight"].load().float())

@@ -153,7 +153,7 @@ def _read_slice(
     if covered != out.numel():
         raise CheckpointError(f"{folder}: {key} has {covered} of {out.numel()} values; copy it again")
     reader = FileSystemReader(folder)
-    reader.storage_data = metadata.storage_data  # type: ignore[assignment]
+    reader.storage_data = metadata.storage_data
     try:
         reader.read_data(LoadPlan(items), _Target(out)).wait()  # type: ignore[arg-type]
     except Exception as error:  # torch.load raises nearly anything for a damaged file
@@ -201,11 +201,12 @@ class TorchDistWriter:
         """Name of the file of that number."""
         return f"__{number}_0.distcp"
 
-    def write_file(self, number: int, advance: Callable[[int], None]) -> list[list[Any]]:
+    def write_file(self, number: int, advance: Callable[[int], None], path: Path) -> list[list[Any]]:
         """Write one file; returns where its tensors lie, as plain values for `add_written`. Raises OSError.
 
-        advance: told the bytes of every tensor written.
+        advance: told the bytes of every tensor written. path: as the folder and `file_name` say.
         """
+        assert path == self.folder / self.file_name(number)
         self._planner.advance = advance
         results = self._writer.write_data(self._plans[number], self._planner).wait()
         return [_plain(result) for result in results]

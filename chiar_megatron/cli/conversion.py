@@ -20,8 +20,8 @@ def add_convert(verbs: Verbs) -> None:
         "convert",
         help="turn a checkpoint into another format, verified, on the CPU",
         description="Formats: native (a run folder or step_... folder), reference (one of the authors' .pt "
-        "files), huggingface (a folder of transformers; a dense Llama, Mistral or Qwen2 with --schedule), megatron "
-        "(Megatron-LM's checkpoints). One side is native.",
+        "files), huggingface (a folder of transformers; a dense Llama, Mistral or Qwen2 with --schedule), "
+        "megatron (Megatron-LM's checkpoints). One side is native.",
     )
     convert.add_argument(
         "--inspect", metavar="SRC", dest="inspected", help="say what SRC is; nothing is loaded"

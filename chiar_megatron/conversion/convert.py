@@ -101,8 +101,8 @@ def summary(report: dict[str, Any]) -> list[str]:
         return [*lines, "not verified"]
     return [
         *lines,
-        f"verified: {found['tensors']} tensors read back equal, logits within {found['logits']:.1g}, entropies "
-        f"within {found['entropy']:.1g}, "
+        f"verified: {found['tensors']} tensors read back equal, logits within {found['logits']:.1g}, "
+        f"entropies within {found['entropy']:.1g}, "
         f"{found['tokens_routed'] - found['tokens_too_near_the_threshold']} of {found['tokens_routed']} "
         "routing decisions compared and equal",
     ]
@@ -183,8 +183,8 @@ def _with_tokenizer(model: Canonical, options: ConvertOptions) -> Canonical:
     vocab_size = model.config.model.vocab_size or 0
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; give the "
-            "tokenizer it was trained with by --tokenizer"
+            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "give the tokenizer it was trained with by --tokenizer"
         )
     data = model.config.data
     eod = tokenizer.eod if data.eod_token is None else data.eod_token

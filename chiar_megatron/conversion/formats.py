@@ -18,7 +18,7 @@ RoutingMode = Literal["threshold", "soft", "hard"]
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """What a user may overrule or must add to one of the authors' files; None: what it tells, or the default."""
+    """What a user may overrule or must add to one of the authors' files; None: what it tells, or the usual."""
 
     num_heads: int | None = None
     tau_low: float | None = None
@@ -76,7 +76,7 @@ class Answer:
     """bool: who took attention (soft: where attention weighs most)."""
     score_BS: dict[int, Tensor] = field(default_factory=dict)
     border: dict[int, float] = field(default_factory=dict)
-    """The score above which a token goes to attention; blends have none, their score is attention's weight."""
+    """The score above which a token goes to attention; blends, scored by attention's weight, have none."""
     entropy_BS: dict[int, Tensor] = field(default_factory=dict)
     meta_gate: float | None = None
 

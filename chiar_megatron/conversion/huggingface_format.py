@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class HuggingFace(Format):
         for number, shard in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             size = sum(size_of(model.tensors[group.native]) for group in shard)
-            journal.file(file, lambda path, shard=shard: _save(shard, model, path, journal), size)
+            journal.file(file, partial(_save, shard, model, journal), size)
             names |= {name: file for group in shard for name in group.foreign}
         if len(shards) > 1:
             index = {"metadata": {"total_size": model.bytes}, "weight_map": dict(sorted(names.items()))}
@@ -151,7 +152,7 @@ def _shards(model: Canonical, shard_bytes: int) -> list[list[Group]]:
     return shards
 
 
-def _save(shard: list[Group], model: Canonical, path: Path, journal: Journal) -> None:
+def _save(shard: list[Group], model: Canonical, journal: Journal, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for group in shard:
         whole = model.tensors[group.native].load()

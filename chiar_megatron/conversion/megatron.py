@@ -46,6 +46,7 @@ from chiar_megatron.conversion.megatron_shards import (
     stage_names,
     unfused,
 )
+from chiar_megatron.conversion.native import write_files
 from chiar_megatron.conversion.native_forward import native_answer
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, LazyTensor, extra_states, tensor_specs
@@ -237,12 +238,7 @@ def _write_torch_dist(model: Canonical, folder: str, journal: Journal, options: 
         chunks.append(Chunk(f"decoder.layers.{fused(own)}", (layers, *stored.shape), offsets, stored))
     target = journal.content / folder
     writer = TorchDistWriter(target, chunks, _object_keys(model, layers, stacks), options.shard_bytes)
-    for number, size in enumerate(writer.file_sizes):
-        name = f"{folder}/{writer.file_name(number)}"
-        writer.add_written(
-            journal.file(name, lambda _, n=number: writer.write_file(n, journal.advance), size)
-        )
-    writer.finish()
+    write_files(writer, folder, journal)
     common = {
         "args": args_of(model.config, 1, 1, rows),
         "checkpoint_version": _VERSION,

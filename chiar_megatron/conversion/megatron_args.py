@@ -68,7 +68,8 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
     biased = bool(getattr(args, "add_bias_linear", True))
     if not swiglu and biased and getattr(args, "bias_gelu_fusion", False):
         notes.append(
-            "--bias-gelu-fusion computes GELU's tanh approximation, here and in the answers compared it is exact"
+            "--bias-gelu-fusion computes GELU's tanh approximation; here, and in the answers compared, "
+            "it is exact"
         )
     qkv_biased = biased or bool(getattr(args, "add_qkv_bias", False))
     is_grouped = getattr(args, "group_query_attention", False)
@@ -154,8 +155,8 @@ def _scaling_of(args: Namespace) -> RotaryScalingConfig:
     if getattr(args, "use_rope_scaling", False):
         factor = float(getattr(args, "rope_scaling_factor", 8.0))
         return RotaryScalingConfig("llama3", factor, _LOW, _HIGH, _ROPE_SCALING_LENGTH)
-    factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
-    return RotaryScalingConfig() if factor is None else RotaryScalingConfig("linear", float(factor))
+    stretch = getattr(args, "rotary_seq_len_interpolation_factor", None)
+    return RotaryScalingConfig() if stretch is None else RotaryScalingConfig("linear", float(stretch))
 
 
 def _scaling_arguments(scaling: RotaryScalingConfig) -> dict[str, Any] | None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from megatron.core.safe_globals import SAFE_GLOBALS
 from torch import Tensor
-from torch.serialization import safe_globals
 
 from chiar_megatron.conversion.canonical import Canonical
+from chiar_megatron.conversion.safe_load import only_globals
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, LazyTensor, TensorSpec
 
@@ -37,7 +37,7 @@ def load_safely(path: Path) -> dict[str, Any]:
     """A pickle of tensors, plain values, Megatron-LM's Namespace and megatron-core's enums; anything else is
     refused by name. Tensors stay on the disk until they are used."""
     try:
-        with safe_globals([Namespace, *SAFE_GLOBALS]):
+        with only_globals([Namespace, *SAFE_GLOBALS]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         wanted = _REFUSED.search(str(error))
@@ -162,16 +162,17 @@ def fused(name: str) -> str:
 
 def joined(parts: Sequence[Tensor], spec: TensorSpec) -> LazyTensor:
     """The whole tensor of its tensor-parallel shards; vocabulary padding still on it."""
-    if spec.split is None or len(parts) == 1:
+    dim = spec.split
+    if dim is None or len(parts) == 1:
         return LazyTensor(tuple(parts[0].shape), parts[0].dtype, lambda: parts[0])
     shape = list(parts[0].shape)
-    shape[spec.split] *= len(parts)
+    shape[dim] *= len(parts)
 
     def load() -> Tensor:
         # A gated layer stacks two matrices, each of them cut.
-        pieces = [part.chunk(spec.parts, spec.split) for part in parts]
+        pieces = [part.chunk(spec.parts, dim) for part in parts]
         order = [pieces[rank][part] for part in range(spec.parts) for rank in range(len(parts))]
-        return torch.cat(order, spec.split)
+        return torch.cat(order, dim)
 
     return LazyTensor(tuple(shape), parts[0].dtype, load)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,7 @@ class Native(Format):
             chunks.append(Chunk(name, stored.shape, (0,) * len(stored.shape), stored))
         objects = [f"{name}/shard_0_1" for name in extra_states(config.model)]
         writer = TorchDistWriter(target, chunks, objects, options.shard_bytes)
-        for number, size in enumerate(writer.file_sizes):
-            name = f"{folder}/{writer.file_name(number)}"
-            places = journal.file(name, lambda _, n=number: writer.write_file(n, journal.advance), size)
-            writer.add_written(places)
-        writer.finish()
+        write_files(writer, folder, journal)
         torch.save({"content_metadata": {"non_homogeneous_layers": True}}, target / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(target))
         info = make_info(model.step, model.tokens_seen, False, dict(_LAYOUT), to_dict(config))
@@ -140,3 +137,12 @@ class Native(Format):
     ) -> Answer:
         """By our own layers."""
         return native_answer(self.read(path, options), ids_BS, forced_BS, noisy)
+
+
+def write_files(writer: TorchDistWriter, folder: str, journal: Journal) -> None:
+    """All files of a distributed checkpoint, those that are finished already left as they are."""
+    for number, size in enumerate(writer.file_sizes):
+        name = f"{folder}/{writer.file_name(number)}"
+        write = partial(writer.write_file, number, journal.advance)
+        writer.add_written(journal.file(name, write, size))
+    writer.finish()

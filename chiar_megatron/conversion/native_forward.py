@@ -32,7 +32,9 @@ def native_answer(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_random_streams(0, 0, world)  # megatron-core's layers enter their stream while they are built
     answer = Answer(torch.empty(0))
-    light, score, entropy = {}, {}, {}
+    light: dict[int, Tensor] = {}
+    score: dict[int, Tensor] = {}
+    entropy: dict[int, Tensor] = {}
     context = ForwardContext(
         tokens_BS=ids_BS,
         document_ids_BS=document_ids(model, ids_BS),

@@ -7,20 +7,19 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from chiar_megatron.config.fields import nearest_name
 from chiar_megatron.config.problems import shown
 from chiar_megatron.conversion.formats import ReferenceOptions, RoutingMode
 from chiar_megatron.conversion.keymap import Rule, Sizes, reference_rules
+from chiar_megatron.conversion.safe_load import only_globals
 from chiar_megatron.errors import CheckpointError, ConfigError
 from chiar_megatron.model.tensors import LazyTensor, mismatches, refuse
 
@@ -117,7 +116,7 @@ def load_plain(path: Path) -> Mapping[str, Any]:
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         raise CheckpointError(f"{path} {what}{nearest_name(path.name, names) if not path.exists() else ''}")
     try:
-        with _only_torchs_own_globals():
+        with only_globals():
             content = _load(path)
     except pickle.UnpicklingError as error:
         wanted = _REFUSED_GLOBAL.search(str(error))
@@ -143,17 +142,6 @@ def _load(path: Path) -> Any:
         if "mmap" not in str(error):
             raise
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def _only_torchs_own_globals() -> Iterator[None]:
-    """megatron-core has torch accept more classes, for its own files."""
-    added = get_safe_globals()
-    clear_safe_globals()
-    try:
-        yield
-    finally:
-        add_safe_globals(added)
 
 
 def _state_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -292,7 +280,8 @@ def _tau(options: ReferenceOptions, cfg: object, is_used: bool, notes: list[str]
     if is_used and (low is None or high is None):
         assumed = (TAU_LOW if low is None else low, TAU_HIGH if high is None else high)
         notes.append(
-            f"thresholds {assumed[0]} and {assumed[1]} assumed: the file does not tell (--tau-low, --tau-high)"
+            f"thresholds {assumed[0]} and {assumed[1]} assumed: the file does not tell "
+            "(--tau-low, --tau-high)"
         )
     low, high = TAU_LOW if low is None else low, TAU_HIGH if high is None else high
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):

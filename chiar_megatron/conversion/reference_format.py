@@ -228,7 +228,7 @@ def _unknown_there(model: Canonical) -> list[str]:
     """What the authors' code has no way to compute, a line each."""
     config = model.config.model
     router, letters = config.router, parse_schedule(config.schedule)
-    wanted = [
+    wanted: list[tuple[str, object, object]] = [
         ("norm", config.norm, "post"),
         ("normalization", config.normalization, "LayerNorm"),
         ("norm_epsilon", config.norm_epsilon, 1e-5),

@@ -1,4 +1,4 @@
-"""The model's code as files for `trust_remote_code`: nothing but torch and transformers is needed to run them.
+"""The model's code as files for `trust_remote_code`: they need nothing but torch and transformers.
 
 They are made from this package's own sources by one rule. Beginning with `ChiarConfig` and
 `ChiarForCausalLM`, every definition of this package that is named there is copied, and every one that those

@@ -11,8 +11,8 @@ FOLDER = "tokenizer"
 
 
 def copy_tokenizer(source: Path | None, destination: Path) -> str | None:
-    """Copy a tokenizer's files into `destination/tokenizer`; returns the path of the tokenizer there, relative
-    to the destination, or None where there is none. Raises DataError if it cannot be read."""
+    """Copy a tokenizer's files into `destination/tokenizer`; returns the tokenizer's path relative to the
+    destination, or None where there is none. Raises DataError if it cannot be read."""
     if source is None:
         return None
     tokenizer = load_tokenizer(source)

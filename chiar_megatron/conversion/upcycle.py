@@ -1,7 +1,7 @@
-"""Dense Hugging Face models of the Llama architecture, upcycled: each layer gets a router and a spectral filter.
+"""Dense Hugging Face models of the Llama architecture, upcycled: layers get a router and a spectral filter.
 
-The router is a learned one that starts near "all light": tiny random weights, so that scores differ from token
-to token, attention's gate 2σ(score) is 1 within 1e-5, and a threshold far below. So the model answers as the
+The router is a learned one that starts near "all light": tiny random weights, so that scores differ from
+token to token, attention's gate 2σ(score) is 1 within 1e-5, and a threshold far below. So the model answers as the
 source does, until a run with `model.router.target` moves the threshold. Filters start at 0: a token that goes
 dark first passes the operator unchanged.
 """
@@ -9,6 +9,7 @@ dark first passes the operator unchanged.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,9 @@ def read_dense(folder: Path, options: ConvertOptions) -> Canonical:
     dense = native_tensors(replace(config.model, schedule=f"A*{layers}"), _without_buffers(stored), folder)
     dtype = dense["embedding.word_embeddings.weight"].dtype
     tensors = {
-        name: dense[name] if name in dense else _new(name, spec.shape, torch.float32 if spec.is_buffer else dtype)
+        name: dense[name]
+        if name in dense
+        else _new(name, spec.shape, torch.float32 if spec.is_buffer else dtype)
         for name, spec in tensor_specs(config.model).items()
     }
     return Canonical(
@@ -102,13 +105,16 @@ def dense_answer(folder: Path, ids_BS: Tensor, noisy: bool) -> Answer:
 
 def _modules(config: Any) -> dict[str, Any]:
     """transformers' classes of this architecture, by their names without the model's."""
-    if config.model_type == "llama":
-        from transformers.models.llama import modeling_llama as source
-    elif config.model_type == "mistral":
-        from transformers.models.mistral import modeling_mistral as source
-    else:
-        from transformers.models.qwen2 import modeling_qwen2 as source
-    prefix = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[config.model_type]
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mistral import modeling_mistral
+    from transformers.models.qwen2 import modeling_qwen2
+
+    sources = {
+        "llama": (modeling_llama, "Llama"),
+        "mistral": (modeling_mistral, "Mistral"),
+        "qwen2": (modeling_qwen2, "Qwen2"),
+    }
+    source, prefix = sources[config.model_type]
     return {name: getattr(source, prefix + name) for name in ("RotaryEmbedding", "DecoderLayer", "RMSNorm")}
 
 
@@ -124,17 +130,16 @@ def _native_config(folder: Path, schedule: str | None) -> RunConfig:
     layers = theirs.num_hidden_layers
     if schedule is None:
         raise ConfigError(
-            f"--schedule is missing: {folder} holds a dense {theirs.model_type} of {layers} layers; say which of "
-            f'them become routed, such as --schedule "R*{layers}"'
+            f"--schedule is missing: {folder} holds a dense {theirs.model_type} of {layers} layers; say which "
+            f'of them become routed, such as --schedule "R*{layers}"'
         )
     letters = parse_schedule(schedule)
     if len(letters) != layers or "D" in letters:
         raise ConfigError(
-            f"--schedule {schedule}: {len(letters)} layers{', some D' if 'D' in letters else ''}; the source has "
-            f"{layers} attention layers, each of which stays A or becomes R"
+            f"--schedule {schedule}: {len(letters)} layers{', some D' if 'D' in letters else ''}; the source "
+            f"has {layers} attention layers, each of which stays A or becomes R"
         )
     refuse(_unknown_here(theirs), folder, "this architecture has no counterpart here")
-    biases = _biases(theirs)
     eos = theirs.eos_token_id
     model = ModelConfig(
         schedule=schedule,
@@ -150,7 +155,7 @@ def _native_config(folder: Path, schedule: str | None) -> RunConfig:
         normalization="RMSNorm",
         norm_epsilon=theirs.rms_norm_eps,
         add_bias=False,
-        add_qkv_bias=biases or None,
+        add_qkv_bias=True if theirs.model_type == "qwen2" else None,
         tie_embeddings=bool(theirs.tie_word_embeddings),
         rotary_base=float(_rope(theirs)["rope_theta"]),
         rotary_scaling=_scaling(_rope(theirs)),
@@ -159,7 +164,9 @@ def _native_config(folder: Path, schedule: str | None) -> RunConfig:
         meta_router=MetaRouterConfig(enabled=False),
     )
     data = DataConfig(eod_token=eos[0] if isinstance(eos, list) else eos)
-    config = resolve_config(RunConfig(run_dir=str(folder), model=model, data=data), vocab_size=None, eod_token=None)
+    config = resolve_config(
+        RunConfig(run_dir=str(folder), model=model, data=data), vocab_size=None, eod_token=None
+    )
     check_config(config)
     return config
 
@@ -186,10 +193,6 @@ def _scaling(rope: Mapping[str, Any]) -> RotaryScalingConfig:
             int(rope["original_max_position_embeddings"]),
         )
     return RotaryScalingConfig()
-
-
-def _biases(theirs: Any) -> bool:
-    return theirs.model_type == "qwen2"
 
 
 def _unknown_here(theirs: Any) -> list[str]:
@@ -227,7 +230,8 @@ def _new(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
         if name.endswith("router.score.linear.weight"):
             seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
             weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            return (weight * SCORE_STD / shape[-1] ** 0.5).to(dtype)
+            scaled: Tensor = weight * (SCORE_STD / math.sqrt(shape[-1]))
+            return scaled.to(dtype)
         if name.endswith("spectral_norm.weight"):
             return torch.ones(shape, dtype=dtype)
         return torch.zeros(shape, dtype=dtype)

@@ -84,7 +84,7 @@ class ChiarConfig(PretrainedConfig):
         batch_pooled = self.meta_router["enabled"] and self.meta_router["pooling"] == "batch"
         self.use_cache = use_cache and not batch_pooled and not self.blends_rbf
         kwargs.pop("num_hidden_layers", None)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 
     @property
     def blends_rbf(self) -> bool:

@@ -115,8 +115,8 @@ def read_chiar_config(folder: Path) -> ChiarConfig:
     kind = content.get("model_type")
     if kind != ChiarConfig.model_type:
         raise CheckpointError(
-            f"{folder} holds a {kind!r} model, not a CHIAR-Former; `chiar convert --from huggingface --to native "
-            "--schedule ...` makes one of a dense Llama, Mistral or Qwen2"
+            f"{folder} holds a {kind!r} model, not a CHIAR-Former; `chiar convert --from huggingface --to "
+            "native --schedule ...` makes one of a dense Llama, Mistral or Qwen2"
         )
     try:
         return ChiarConfig.from_dict(content)

@@ -6,6 +6,7 @@ Shapes: b batch, s new tokens, t cached and new ones, h hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def _past(cache: Cache | None, slot: int) -> tuple[Tensor | None, Tensor | None]
         return None, None
     while len(cache.layers) <= slot:  # one made for a model of so many layers has no more
         cache.layers.append(DynamicLayer())
-    layer = cache.layers[slot]
+    layer: Any = cache.layers[slot]
     if layer.get_seq_length() == 0:
         return None, None
     return layer.keys, layer.values

@@ -107,6 +107,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
     """Base of the models: initial weights, loading and saving."""
 
     config_class = ChiarConfig
+    config: ChiarConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChiarDecoderLayer"]
@@ -125,7 +126,7 @@ class ChiarPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, SpectralFilter)):
             nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, ChiarMetaRouter):
             nn.init.zeros_(module.gate_proj.weight)
             nn.init.constant_(module.gate_proj.bias, self.config.meta_router["bias_init"])
@@ -191,13 +192,13 @@ class ChiarModel(ChiarPreTrainedModel):
         self.layers = nn.ModuleList(ChiarDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """The token table."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token table."""
         self.embed_tokens = value
 
@@ -232,7 +233,7 @@ class ChiarModel(ChiarPreTrainedModel):
         x = self.norm(x)
         states[-1] = x
         shown = tuple(states) if output_hidden_states or self.config.output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=shown, **{CACHE_FIELD: cache})
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=shown, **{CACHE_FIELD: cache})  # type: ignore[arg-type]
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         config = self.config
@@ -259,7 +260,7 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         self.model = ChiarModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
         if not config.use_cache and self.generation_config is not None:
             self.generation_config.use_cache = False
 

@@ -67,7 +67,7 @@ def _group(native: str, spec: TensorSpec, model: ModelConfig) -> Group:
             names,
             shapes,
             lambda tensor: split_heads(tensor, heads, kv_heads, size),
-            lambda parts: join_heads(*parts, kv_heads, size),
+            lambda parts: join_heads(parts[0], parts[1], parts[2], kv_heads, size),
         )
     if spec.parts == 2:
         names = (name.replace("up_proj", "gate_proj"), name)

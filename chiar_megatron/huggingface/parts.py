@@ -1,6 +1,7 @@
 """Operators of the `transformers` model as modules: attention, spectral filter, RBF mixing, feed-forward.
 
-Shapes: b batch, s new tokens, t cached and new ones, h hidden, n query heads, g key-value groups, d head size.
+Shapes: b batch, s new tokens, t cached and new ones, h hidden, n query heads, g key-value
+groups, d head size.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class ChiarMLP(nn.Module):
 
     def __init__(self, config: ChiarConfig) -> None:
         super().__init__()
-        sizes = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(*sizes, bias=config.use_bias) if config.hidden_act == "silu" else None
-        self.up_proj = nn.Linear(*sizes, bias=config.use_bias)
-        self.down_proj = nn.Linear(*reversed(sizes), bias=config.use_bias)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.use_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.hidden_act == "silu" else None
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:

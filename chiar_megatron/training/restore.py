@@ -28,7 +28,8 @@ _SHAPE_FIELDS = (
 )  # fmt: skip
 # Fields that change what the same tensors compute.
 _MEANING_FIELDS = (
-    "norm_epsilon", "rotary_base", "rotary_scaling", "router.dc_power_weight", "router.keys_values", "meta_router.pooling",
+    "norm_epsilon", "rotary_base", "rotary_scaling",
+    "router.dc_power_weight", "router.keys_values", "meta_router.pooling",
 )  # fmt: skip
 # Fields on which the order of samples rests: changed in mid-run, samples would be skipped or repeated.
 _ORDER_FIELDS = (

@@ -14,15 +14,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from chiar_megatron.config.mcore import transformer_config
 from chiar_megatron.config.schema import ParallelConfig, RuntimeConfig
 from chiar_megatron.conversion.megatron_args import args_of, is_plain_gpt
-from chiar_megatron.inference.load import load_model
 from chiar_megatron.model.build import SHARDING_METADATA, build_model
-from chiar_megatron.runtime.distributed import initialize, shutdown
+from chiar_megatron.runtime.distributed import World, initialize, seed_random_streams, shutdown
 from chiar_megatron.runtime.env import read_process_env
 
 
 def write_and_load(folder: str, kinds: list[str], grid: list[tuple[int, int]]) -> list[str]:
     """For every kind and layout: load `KIND.torch_dist`, which was converted, strictly into this rank's model;
-    save its state dict in Megatron-LM's envelope as `KIND.TPxPP`; and load what was converted to
+    save its state in Megatron-LM's envelope as `KIND.TPxPP`; and load what was converted to
     `KIND.TPxPP.converted` strictly, finding the same. Returns what was checked."""
     checked = []
     root, env = Path(folder), read_process_env()
@@ -76,12 +75,12 @@ def _model(config: Any, parallel: ParallelConfig, world: Any, rows: int) -> Any:
     model = config.model
     if not is_plain_gpt(model):
         return build_model(replace(config, parallel=parallel, model=replace(model, vocab_size=rows)), world)
-    return plain_gpt(model, parallel, rows)
+    return plain_gpt(model, parallel, rows, world)
 
 
-def plain_gpt(model: Any, parallel: ParallelConfig, rows: int) -> GPTModel:
+def plain_gpt(model: Any, parallel: ParallelConfig, rows: int, world: World) -> GPTModel:
     """This rank's stage of Megatron-LM's own GPT."""
-    torch.manual_seed(1)
+    seed_random_streams(1, 0, world)
     return GPTModel(
         transformer_config(model, parallel),
         get_gpt_layer_local_spec(normalization=model.normalization),
@@ -93,8 +92,3 @@ def plain_gpt(model: Any, parallel: ParallelConfig, rows: int) -> GPTModel:
         position_embedding_type="rope",
         rotary_base=int(model.rotary_base),
     ).eval()
-
-
-def load_ours(path: str) -> Any:
-    """A native checkpoint, for the answers of a plain process."""
-    return load_model(path, device="cpu")

@@ -18,7 +18,7 @@ RoutingMode = Literal["threshold", "soft", "hard"]
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """What a user may overrule or must add to one of the authors' files; None: what it tells, or the usual."""
+    """What a user may overrule or must add to one of the authors' files; None: what it tells."""
 
     num_heads: int | None = None
     tau_low: float | None = None

@@ -52,9 +52,9 @@ class HuggingFace(Format):
         """Of a CHIAR model, or of a dense one with what makes it CHIAR."""
         if is_dense(path):
             return read_dense(path, options)
-        if options.schedule is not None:
-            raise ConfigError(f"--schedule {options.schedule}: {path} holds no dense model to upcycle")
         foreign = read_chiar_config(path)
+        if options.schedule is not None:
+            raise ConfigError(f"--schedule {options.schedule}: {path} is a CHIAR-Former already")
         config = native_config(foreign, path)
         progress: dict[str, Any] = getattr(foreign, "pretraining", None) or {}
         return Canonical(

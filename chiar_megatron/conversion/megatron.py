@@ -97,8 +97,8 @@ class Megatron(Format):
         is_gpt = set(layers) == {"A"} and not config.meta_router.enabled
         if is_gpt and config.norm == "post":
             raise CheckpointError(
-                "model.norm: post; Megatron-LM's GPT has no such layer, so a full-attention model is converted "
-                "only with norm: pre"
+                "model.norm: post; Megatron-LM's GPT has no such layer, so a full-attention model is "
+                "converted only with norm: pre"
             )
         if wanted.checkpoint_format == "torch":
             _check_cuts(model, wanted.tensor_parallel, wanted.pipeline_parallel)

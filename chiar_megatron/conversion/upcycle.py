@@ -1,9 +1,9 @@
-"""Dense Hugging Face models of the Llama architecture, upcycled: layers get a router and a spectral filter.
+"""Dense Hugging Face models of the Llama architecture, upcycled: layers get a router and a filter.
 
 The router is a learned one that starts near "all light": tiny random weights, so that scores differ from
-token to token, attention's gate 2σ(score) is 1 within 1e-5, and a threshold far below. So the model answers as the
-source does, until a run with `model.router.target` moves the threshold. Filters start at 0: a token that goes
-dark first passes the operator unchanged.
+token to token and attention's gate 2σ(score) is 1 within 1e-5, and a threshold far below. So the model
+answers as the source does, until a run with `model.router.target` moves the threshold. Filters start at 0:
+a token that goes dark first passes the operator unchanged.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _native_config(folder: Path, schedule: str | None) -> RunConfig:
     layers = theirs.num_hidden_layers
     if schedule is None:
         raise ConfigError(
-            f"--schedule is missing: {folder} holds a dense {theirs.model_type} of {layers} layers; say which "
-            f'of them become routed, such as --schedule "R*{layers}"'
+            f"--schedule is missing: {folder} holds a dense {theirs.model_type} of {layers} layers; say "
+            f'which of them become routed, such as --schedule "R*{layers}"'
         )
     letters = parse_schedule(schedule)
     if len(letters) != layers or "D" in letters:

@@ -94,7 +94,10 @@ class ChiarDecoderLayer(nn.Module):
         if weights is None:
             return torch.where(light[..., None], outputs[1], outputs[0])
         weights = weights.to(x.dtype)
-        return sum(out * weights[..., i : i + 1] for i, out in enumerate(outputs))  # type: ignore[return-value]
+        blended = outputs[0] * weights[..., 0:1]
+        for index in range(1, len(outputs)):
+            blended = blended + outputs[index] * weights[..., index : index + 1]
+        return blended
 
     def _input(self, norm: nn.Module, x: Tensor) -> Tensor:
         return x if self.is_post else norm(x)
@@ -200,7 +203,7 @@ class ChiarModel(ChiarPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token table."""
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -266,7 +269,8 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
-        return self.lm_head
+        head: nn.Module = self.lm_head
+        return head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the head."""

@@ -90,8 +90,8 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
     """Load a native checkpoint (its folder, or a run folder: the newest), or a folder written by
     `chiar convert --to huggingface` or `save_pretrained`, for one process, in evaluation mode.
 
-    precision: `fp32` or `bf16`; None keeps the run's, or the weights'. Raises CheckpointError if there is no whole
-    checkpoint, or one of another kind.
+    precision: `fp32` or `bf16`; None keeps the run's, or the weights'. Raises CheckpointError if there is
+    no whole checkpoint, or one of another kind.
     """
     if precision not in (None, "fp32", "bf16"):
         raise ConfigError(f"precision: {precision!r} must be 'fp32', 'bf16', or None for the run's own")

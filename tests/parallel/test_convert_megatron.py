@@ -86,9 +86,9 @@ def test_megatrons_own_model_answers_as_ours(folder, kind):
     ours = load_model(folder / f"{kind}.native", device="cpu")
     config = ours.config.model
     model = plain_gpt(config, ours.config.parallel, -(-config.vocab_size // 128) * 128, world)
-    model.load_state_dict(
-        dist_checkpointing.load(model.sharded_state_dict(), str(folder / f"{kind}.torch_dist/iter_0000007"))
-    )
+    sharded = {"model": model.sharded_state_dict()}
+    source = folder / f"{kind}.torch_dist/iter_0000007"
+    model.load_state_dict(dist_checkpointing.load(sharded, str(source))["model"])
     ids = torch.randint(config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(2))
     mask = torch.ones(20, 20, dtype=torch.bool).triu(1)[None, None]
     with torch.no_grad():

@@ -20,8 +20,8 @@ from chiar_megatron.runtime.env import read_process_env
 
 
 def write_and_load(folder: str, kinds: list[str], grid: list[tuple[int, int]]) -> list[str]:
-    """For every kind and layout: load `KIND.torch_dist`, which was converted, strictly into this rank's model;
-    save its state in Megatron-LM's envelope as `KIND.TPxPP`; and load what was converted to
+    """For every kind and layout: load `KIND.torch_dist`, which was converted, strictly into this rank's
+    model; save its state in Megatron-LM's envelope as `KIND.TPxPP`; and load what was converted to
     `KIND.TPxPP.converted` strictly, finding the same. Returns what was checked."""
     checked = []
     root, env = Path(folder), read_process_env()
@@ -34,10 +34,9 @@ def write_and_load(folder: str, kinds: list[str], grid: list[tuple[int, int]]) -
             rows = -(-config.model.vocab_size // (128 * size)) * 128 * size
             model = _model(config, parallel, world, rows)
             metadata = None if is_plain_gpt(config.model) else dict(SHARDING_METADATA)
-            sharded = model.sharded_state_dict(metadata=metadata)
-            model.load_state_dict(
-                dist_checkpointing.load(sharded, str(root / f"{kind}.torch_dist/iter_0000007"))
-            )
+            sharded = {"model": model.sharded_state_dict(metadata=metadata)}
+            source = root / f"{kind}.torch_dist/iter_0000007"
+            model.load_state_dict(dist_checkpointing.load(sharded, str(source))["model"])
             name = f"mp_rank_{world.tensor_parallel_rank:02}"
             name += "" if stages == 1 else f"_{world.pipeline_rank:03}"
             state = model.state_dict_for_save_checkpoint()

@@ -71,7 +71,7 @@ def test_all_light_it_answers_as_the_dense_model(tmp_path, name):
     assert (logits - dense(ids).logits).abs().max() < 1e-4
     assert set(light) == {1, 3} and all(decided.all() for decided in light.values())
     # Scores differ from token to token, or a controller could not part them.
-    assert all(len(score.unique()) > 190 for score in scores.values())
+    assert all(len(score.unique()) > 60 for score in scores.values())
 
 
 def test_training_continues_from_it_with_a_target(tmp_path):

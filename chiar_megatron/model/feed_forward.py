@@ -24,9 +24,10 @@ class FeedForward(MLP):
             tp_group=tp_group,
         )
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        """Unlike megatron-core's, takes tokens batch first and returns the output with its bias added."""
-        output_BSH = parallel_linear(self.linear_fc2, self._dropout_inner(self._inner(x_BSH)))
+    def forward(self, x_BSH: Tensor, biased: bool = True) -> Tensor:
+        """Unlike megatron-core's, takes tokens batch first and returns the output with its bias added, or
+        left to the caller."""
+        output_BSH = parallel_linear(self.linear_fc2, self._dropout_inner(self._inner(x_BSH)), biased)
         return F.dropout(output_BSH, self.config.hidden_dropout, self.training)
 
     def _inner(self, x_BSH: Tensor) -> Tensor:

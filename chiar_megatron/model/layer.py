@@ -25,8 +25,15 @@ from chiar_megatron.model.feed_forward import FeedForward
 from chiar_megatron.model.rbf_operator import RBFOperator
 from chiar_megatron.operators.attention import SelfAttention
 from chiar_megatron.operators.context import ForwardContext, sequence_shard
-from chiar_megatron.operators.norm import Norm, choose_norm, mark_sequence_parallel
-from chiar_megatron.operators.rows import TokenRows
+from chiar_megatron.operators.norm import (
+    Norm,
+    add_and_norm,
+    choose_norm,
+    fuses_norms,
+    mark_sequence_parallel,
+)
+from chiar_megatron.operators.routed_update import can_fuse_update, fused_update
+from chiar_megatron.operators.rows import TokenRows, take_rows
 from chiar_megatron.operators.spectral_mixing import SpectralMixing
 from chiar_megatron.routing.decision import RouteDecision
 from chiar_megatron.routing.dispatch import can_skip, dispatch_dense, light_rows
@@ -118,16 +125,29 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
     def body(self, x_BSH: Tensor, context: ForwardContext) -> Tensor:
         """The layer without the MetaRouter's gate."""
         if self.kind == "R":
-            u_BSH = self._routed(x_BSH, context)
+            u_BSH, same_BSH = self._routed(x_BSH, context)
         elif self.kind == "A":
-            u_BSH = self._residual(self.input_layernorm, x_BSH, lambda y: self.self_attention(y, context))
+            biased = not self._norm_adds_bias(x_BSH)
+            u_BSH, same_BSH = self._residual(
+                self.input_layernorm,
+                x_BSH,
+                lambda y: self.self_attention(y, context, biased=biased),
+                None if biased else self.self_attention.linear_proj.bias,
+            )
         else:
-            u_BSH = self._residual(self.spectral_norm, x_BSH, self.spectral)
-        if self.model.norm == "post":
-            return self.pre_mlp_layernorm(u_BSH + self.mlp(u_BSH))  # type: ignore[no-any-return]
-        return u_BSH + self.mlp(self.pre_mlp_layernorm(u_BSH))  # type: ignore[no-any-return]
+            u_BSH, same_BSH = self._residual(self.spectral_norm, x_BSH, self.spectral)
+        if self.model.norm == "pre":
+            return same_BSH + self.mlp(self.pre_mlp_layernorm(u_BSH))  # type: ignore[no-any-return]
+        biased = not self._norm_adds_bias(x_BSH) or self.config.hidden_dropout > 0.0
+        bias = None if biased else self.mlp.linear_fc2.bias
+        return add_and_norm(self.pre_mlp_layernorm, same_BSH, self.mlp(u_BSH, biased), bias)[0]
 
-    def _routed(self, x_BSH: Tensor, context: ForwardContext) -> Tensor:
+    def _norm_adds_bias(self, x_BSH: Tensor) -> bool:
+        """Whether linear layers leave their bias to the kernel of the norm behind them."""
+        alone = self.config.tensor_model_parallel_size == 1
+        return self.model.norm == "post" and self.training and alone and fuses_norms(x_BSH)
+
+    def _routed(self, x_BSH: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
         assert self.router is not None and self.statistics is not None
         decision = self.router(x_BSH.transpose(0, 1), context, self.sequence_shard)
         if can_skip(self.model.router, decision) and context.generation is None:
@@ -139,7 +159,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         self._count(decision, decision.light_SB)
         if self.training:
             x_BSH = self._regularise(x_BSH, decision, context)
-        return self._densely(x_BSH, context, decision)
+        return (self._densely(x_BSH, context, decision),) * 2
 
     def _count(self, decision: RouteDecision, kept_SB: Tensor) -> None:
         # A recomputed layer passes twice, only the second time with gradients.
@@ -159,11 +179,13 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         decision: RouteDecision,
         rows: TokenRows,
         kept_SB: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """Each token through its own operator alone; kept_SB: bool, those that attention computes."""
         light_BS = kept_SB.transpose(0, 1)
         pre = self.model.norm == "pre"
         routed_keys = self.model.router.keys_values == "routed"
+        if not pre and can_fuse_update(x_BSH, rows, self.spectral_norm, self.config):
+            return self._skipping_fused(x_BSH, context, decision, rows)
         attended_BSH = self.self_attention.forward_rows(
             self.input_layernorm(x_BSH) if pre else x_BSH, rows, context, routed_keys
         )
@@ -172,7 +194,24 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         own_rows = None if self.config.sequence_parallel else rows
         mixed_BSH = self.spectral(self.spectral_norm(x_BSH) if pre else x_BSH, ~light_BS, own_rows)
         u_BSH = x_BSH + torch.where(light_BS[..., None], attended_BSH, mixed_BSH)
-        return u_BSH if pre else choose_norm(light_BS, self.input_layernorm, self.spectral_norm, u_BSH)
+        if not pre:
+            u_BSH = choose_norm(light_BS, self.input_layernorm, self.spectral_norm, u_BSH)
+        return u_BSH, u_BSH
+
+    def _skipping_fused(
+        self, x_BSH: Tensor, context: ForwardContext, decision: RouteDecision, rows: TokenRows
+    ) -> tuple[Tensor, ...]:
+        """Post-norm, by one kernel behind attention."""
+        attention, gate_SB = self.self_attention, decision.gate_SB
+        routed_keys = self.model.router.keys_values == "routed"
+        # A gate multiplies the bias too.
+        attended_RH = attention.attend_rows(x_BSH, rows, context, routed_keys, biased=gate_SB is not None)
+        bias = attention.linear_proj.bias
+        if gate_SB is not None:
+            gate_R = take_rows(gate_SB.transpose(0, 1).flatten(), rows)
+            attended_RH, bias = attended_RH * gate_R[:, None].to(x_BSH.dtype), None
+        norms = (self.spectral_norm, self.input_layernorm)
+        return fused_update((x_BSH, attended_RH), rows, (self.spectral.weight, bias), norms, users=2)
 
     def _densely(self, x_BSH: Tensor, context: ForwardContext, decision: RouteDecision) -> Tensor:
         """Every operator for every token, then one result or a blend of them."""
@@ -193,13 +232,16 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         operators = [(self.spectral_norm, self.spectral), (self.input_layernorm, attention)]
         if self.rbf is not None:
             operators.append((self.rbf_norm, rbf))
-        outputs_SBH = [self._residual(norm, x_BSH, op).transpose(0, 1) for norm, op in operators]
+        outputs_SBH = [self._residual(norm, x_BSH, op)[0].transpose(0, 1) for norm, op in operators]
         return dispatch_dense(decision, outputs_SBH).transpose(0, 1)
 
-    def _residual(self, norm: torch.nn.Module, x_BSH: Tensor, operator: Any) -> Tensor:
+    def _residual(
+        self, norm: torch.nn.Module, x_BSH: Tensor, operator: Any, bias_H: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The sum, in post-norm normalised, for its two users; bias_H: what the operator left out."""
         if self.model.norm == "post":
-            return norm(x_BSH + operator(x_BSH))  # type: ignore[no-any-return]
-        return x_BSH + operator(norm(x_BSH))  # type: ignore[no-any-return]
+            return add_and_norm(norm, x_BSH, operator(x_BSH), bias_H, users=2)
+        return (x_BSH + operator(norm(x_BSH)),) * 2
 
     def _whole_sequence(self, part_SB: Tensor) -> Tensor:
         """What each rank holds for its part of the sequence, put together (no gradient)."""

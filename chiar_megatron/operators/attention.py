@@ -8,6 +8,7 @@ g key-value groups, d head size; `n` and `g` are this tensor-parallel rank's.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ from chiar_megatron.operators.parallel_linear import (
     leave_tensor_parallel,
     parallel_linear,
 )
-from chiar_megatron.operators.rotary import RotaryEmbedding, rotate, split_and_rotate
-from chiar_megatron.operators.routed_attention import routed_attention
+from chiar_megatron.operators.rotary import RotaryEmbedding, split_and_rotate
+from chiar_megatron.operators.routed_attention import rotated_attention
 from chiar_megatron.operators.rows import TokenRows, put_rows, take_rows
 
 
@@ -72,11 +73,17 @@ class SelfAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, x_BSH: Tensor, context: ForwardContext, light_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSH: Tensor,
+        context: ForwardContext,
+        light_BS: Tensor | None = None,
+        biased: bool = True,
+    ) -> Tensor:
         """Attention's output `[b, s, h]` (this rank's part of the sequence, as the input).
 
         light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
-        each token's own, so that no row is empty).
+        each token's own, so that no row is empty). biased: False leaves the output's bias to the caller.
         """
         grouped = self._by_group(parallel_linear(self.linear_qkv, x_BSH))
         offset = context.position_offset
@@ -92,7 +99,7 @@ class SelfAttention(MegatronModule):
         if offset > 0 or context.document_ids_BS is not None or light_BS is not None:
             mask = visible_keys(query_BNSD, key_BGSD, offset, context.document_ids_BS, light_BS)
         output_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD, mask)
-        return parallel_linear(self.linear_proj, output_BNSD.transpose(1, 2).flatten(2))
+        return parallel_linear(self.linear_proj, output_BNSD.transpose(1, 2).flatten(2), biased)
 
     def forward_rows(self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool) -> Tensor:
         """Attention's output `[b, s, h]` for the tokens that have a row; for others it means nothing.
@@ -101,6 +108,19 @@ class SelfAttention(MegatronModule):
         and values are seen, else all tokens'. Only rows get a query, scores and the output projection.
         """
         full_BSH = enter_tensor_parallel(self.config, self.tp_group, x_BSH)
+        # The bias is added once: to the rows, or where ranks sum their parts, after the sum.
+        alone = self.config.tensor_model_parallel_size == 1
+        partial_RH = self.attend_rows(full_BSH, rows, context, routed, biased=alone)
+        partial_BSH = put_rows(partial_RH, rows).unflatten(0, full_BSH.shape[:2])
+        out_BSH: Tensor = leave_tensor_parallel(self.config, self.tp_group, partial_BSH)
+        bias = self.linear_proj.bias
+        return out_BSH if bias is None or alone else out_BSH + bias
+
+    def attend_rows(
+        self, full_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool, biased: bool
+    ) -> Tensor:
+        """The rows `[R, h]` of `forward_rows`, of all tokens `[b, whole s, h]`; where ranks share the heads,
+        this rank's part of a sum. biased: with the output's bias."""
         b, s, _ = full_BSH.shape
         tokens_NH = full_BSH.flatten(0, 1)
         rows_RH = take_rows(tokens_NH, rows)
@@ -110,18 +130,13 @@ class SelfAttention(MegatronModule):
         query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
         kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
         position_R = rows.index_R % s
-        position_K = position_R if routed else torch.arange(b * s, device=x_BSH.device) % s
-        query_RND = rotate(query_RND, *self.rotary(position_R, s))
-        _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, *self.rotary(position_K, s))
-        first_R, last_R = key_ranges(rows, b, s, context.document_ids_BS, routed)
-        output_RND = self._attend_rows(query_RND, key_KGD, value_KGD, first_R, last_R)
-        bias = self.linear_proj.bias
-        # Added once: to the rows, or where ranks sum their parts, after the sum.
-        own_bias = bias if self.config.tensor_model_parallel_size == 1 else None
-        partial_RH = F.linear(output_RND.flatten(1), self.linear_proj.weight, own_bias)
-        partial_BSH = put_rows(partial_RH, rows).unflatten(0, (b, s))
-        out_BSH: Tensor = leave_tensor_parallel(self.config, self.tp_group, partial_BSH)
-        return out_BSH if bias is None or own_bias is not None else out_BSH + bias
+        of_rows = self.rotary(position_R, s)
+        of_keys = of_rows if routed else self.rotary(torch.arange(s, device=full_BSH.device), s)
+        angles = tuple(table.squeeze(1) for table in (*of_rows, *of_keys))
+        ranges = key_ranges(rows, b, s, context.document_ids_BS, routed)
+        output_RND = self._attend_rotated(query_RND, kv_KGYD, angles, ranges)
+        bias = self.linear_proj.bias if biased else None
+        return F.linear(output_RND.flatten(1), self.linear_proj.weight, bias)
 
     def _by_group(self, qkv_BSX: Tensor) -> Tensor:
         """Megatron's layout: for each key-value group its query heads, one key, one value."""
@@ -135,14 +150,12 @@ class SelfAttention(MegatronModule):
         part_weight = weight.unflatten(0, shape)[:, part].flatten(0, 2)
         return part_weight, None if bias is None else bias.unflatten(0, shape)[:, part].flatten()
 
-    def _attend_rows(
-        self, q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor
-    ) -> Tensor:
+    def _attend_rotated(self, query_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any) -> Tensor:
         dropout = self.config.attention_dropout if self.training else 0.0
         if not self._drops_own_heads():
-            return routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout)
+            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout)
         with get_cuda_rng_tracker().fork():
-            return routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout)
+            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout)
 
     def _attend(
         self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor | None

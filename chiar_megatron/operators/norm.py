@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from chiar_megatron.runtime.device import current_device
+from chiar_megatron.runtime.paths import kernels_available
+
+if TYPE_CHECKING:
+    from chiar_megatron.operators.kernels.residual_norm import NormParameters
 
 
 def mark_sequence_parallel(module: torch.nn.Module, sequence_parallel: bool) -> None:
@@ -36,6 +40,37 @@ class Norm:
         )
         mark_sequence_parallel(norm, config.sequence_parallel)
         return norm
+
+
+def add_and_norm(
+    norm: Any, x_XYH: Tensor, y_XYH: Tensor, bias_H: Tensor | None = None, users: int = 1
+) -> tuple[Tensor, ...]:
+    """`norm(x + y + bias)`, norm by `Norm`, once for each of 1 or 2 users; in training by one kernel on CUDA
+    in half precision, which then adds the users' gradients too."""
+    if not (norm.training and fuses_norms(x_XYH)):
+        y_XYH = y_XYH if bias_H is None else y_XYH + bias_H
+        return (norm(x_XYH + y_XYH),) * users
+    from chiar_megatron.operators.kernels.residual_norm import residual_norm
+
+    tokens = x_XYH.flatten(0, 1), y_XYH.flatten(0, 1)
+    outputs = residual_norm(*tokens, bias_H, norm_parameters(norm), users)
+    return tuple(out_NH.view(x_XYH.shape) for out_NH in outputs)
+
+
+def fuses_norms(x: Tensor) -> bool:
+    """Whether the kernels of norms take tensors like x `[..., h]`."""
+    if not kernels_available(x.device) or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    from chiar_megatron.operators.kernels.residual_norm import widths_fit
+
+    return widths_fit(x.shape[-1])
+
+
+def norm_parameters(norm: Any) -> NormParameters:
+    """What the kernels need of a `Norm`."""
+    from chiar_megatron.operators.kernels.residual_norm import NormParameters
+
+    return NormParameters(norm.weight, getattr(norm, "bias", None), norm.eps)
 
 
 def choose_norm(choice_XY: Tensor, norm_true: Any, norm_false: Any, x_XYH: Tensor) -> Tensor:

@@ -18,17 +18,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-def parallel_linear(linear: ColumnParallelLinear | RowParallelLinear, x_BSX: Tensor) -> Tensor:
-    """`[b, s, in]` to `[b, s, out]`, with bias. What is this rank's share is `out` of a column-parallel layer
-    and `in` of a row-parallel one; under sequence parallelism the other side has a part of s."""
+def parallel_linear(
+    linear: ColumnParallelLinear | RowParallelLinear, x_BSX: Tensor, biased: bool = True
+) -> Tensor:
+    """`[b, s, in]` to `[b, s, out]`, with bias if not said otherwise. What is this rank's share is `out` of
+    a column-parallel layer and `in` of a row-parallel one; under sequence parallelism the other side has a
+    part of s."""
     if linear.config.tensor_model_parallel_size == 1:
-        return F.linear(x_BSX, linear.weight, linear.bias)
+        return F.linear(x_BSX, linear.weight, linear.bias if biased else None)
     if linear.sequence_parallel:
         out_SBX, bias = linear(x_BSX.transpose(0, 1))
         out_BSX = out_SBX.transpose(0, 1)
     else:
         out_BSX, bias = linear(x_BSX)
-    return out_BSX if bias is None else out_BSX + bias  # type: ignore[no-any-return]
+    return out_BSX if bias is None or not biased else out_BSX + bias  # type: ignore[no-any-return]
 
 
 def enter_tensor_parallel(config: TransformerConfig, group: object, x_BSH: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chiar_megatron.operators.rotary import rotate, split_and_rotate
 from chiar_megatron.runtime.paths import kernels_available
 
 # Query rows that plain PyTorch handles at once: fewer waste less on masked keys, more cost fewer calls.
@@ -30,8 +31,7 @@ def routed_attention(
     if kernels_available(q_RND.device) and q_RND.dtype in (torch.bfloat16, torch.float16):
         from chiar_megatron.operators.kernels import routed_attention as kernel
 
-        # The kernel's dropout draws from its own counter; the seed comes from torch's stream.
-        seed = torch.randint(2**62, (1,), device=q_RND.device) if dropout_p > 0.0 else None
+        seed = _seed(q_RND, dropout_p)
         return kernel.routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p, seed)
     if q_RND.device.type == "cpu":
         return _by_blocks(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p)
@@ -39,6 +39,36 @@ def routed_attention(
     blocks = [slice(at, at + MASKED_BLOCK) for at in range(0, len(q_RND), MASKED_BLOCK)]
     parts = [_attend(q_RND[r], k_KGD, v_KGD, first_R[r], last_R[r], 0, dropout_p) for r in blocks]
     return torch.cat(parts) if parts else torch.zeros_like(q_RND)
+
+
+def rotated_attention(
+    q_RND: Tensor,
+    kv_KGYD: Tensor,
+    angles: tuple[Tensor, Tensor, Tensor, Tensor],
+    ranges: tuple[Tensor, Tensor],
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`routed_attention` of queries and keys not yet rotated; `[R, n, d]`.
+
+    kv_KGYD: keys and values `[K, g, 2, d]`. angles: cos and sin `[R, d/2]` of the rows, then `[K, d/2]` of
+    the keys, or `[s, d/2]` where K tokens are sequences of s. ranges: first and last key of each row.
+    """
+    if kernels_available(q_RND.device) and q_RND.dtype in (torch.bfloat16, torch.float16):
+        from chiar_megatron.operators.kernels import rotated_attention as kernel
+
+        return kernel.rotated_attention(
+            q_RND, kv_KGYD, kernel.Angles(*angles), ranges, dropout_p, _seed(q_RND, dropout_p)
+        )
+    cos_R, sin_R, *of_keys = angles
+    cos_K, sin_K = (table.repeat(len(kv_KGYD) // max(1, len(table)), 1)[:, None] for table in of_keys)
+    query_RND = rotate(q_RND, cos_R[:, None], sin_R[:, None])
+    _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, cos_K, sin_K)
+    return routed_attention(query_RND, key_KGD, value_KGD, *ranges, dropout_p)
+
+
+def _seed(q_RND: Tensor, dropout_p: float) -> Tensor | None:
+    """The kernel's dropout draws from its own counter; the seed comes from torch's stream."""
+    return torch.randint(2**62, (1,), device=q_RND.device) if dropout_p > 0.0 else None
 
 
 def _by_blocks(

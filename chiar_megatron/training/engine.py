@@ -23,6 +23,7 @@ from chiar_megatron.runtime.distributed import World, seed_random_streams
 from chiar_megatron.runtime.paths import compiles, replays_steps
 from chiar_megatron.training.cuda_graph import GraphedPass, Pass, use_side_stream
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
+from chiar_megatron.training.main_gradients import CopiedGradients
 from chiar_megatron.training.optimizer import (
     LearningRate,
     apply_update,
@@ -111,7 +112,7 @@ class MegatronEngine:
         self.forward_backward = get_forward_backward_func()
         self._train_pass: Pass = partial(self._run, forward_only=False)
         if graphed:
-            self._train_pass = GraphedPass(self._train_pass)
+            self._train_pass = GraphedPass(CopiedGradients(self._train_pass, self.module))
         # Steps that may be under way while the host judges the one before.
         self.steps_ahead = 1 if world.device.type == "cuda" else 0
 

@@ -56,9 +56,7 @@ def test_nothing_waits_for_the_host_and_shares_are_held():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     pending.result()
-    shares = [
-        engine.train_step([batch_of(step)], step).sums.routing.routed_fraction for step in range(3, 63)
-    ]
+    shares = [engine.train_step([batch_of(step)], step).sums.routing.routed_fraction for step in range(3, 63)]
     mean = torch.tensor(shares[-30:]).mean(0)
     assert (mean - 0.5).abs().max() < 0.03, mean
 

@@ -78,10 +78,9 @@ def _rotary_kernel(
     tl.store(target + HALF, second.to(target_ptr.dtype.element_ty), mask=mask)
 
 
-def _turn(
-    source: Tensor, target: Tensor, cos: Tensor, sin: Tensor, sign: float, rotates: bool = True
-) -> None:
-    """source, target: `[b, s, g, r, d]`, any strides with a contiguous last dimension."""
+def turn(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor, sign: float, rotates: bool = True) -> None:
+    """Rotate source into target, which may be the same: `[b, s, g, r, d]`, any strides with a contiguous last
+    dimension. cos, sin: `[s, d/2]` float32. sign -1: back."""
     if source.numel() == 0:
         return
     if source.stride(-1) != 1:
@@ -104,8 +103,8 @@ def _turn(
 def _split_op(grouped: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.contiguous(), sin.contiguous()
     query, key = _empty_parts(grouped)
-    _turn(grouped[..., :-2, :], query, cos, sin, 1.0)
-    _turn(grouped[..., -2:-1, :], key[..., None, :], cos, sin, 1.0)
+    turn(grouped[..., :-2, :], query, cos, sin, 1.0)
+    turn(grouped[..., -2:-1, :], key[..., None, :], cos, sin, 1.0)
     return query, key
 
 
@@ -124,9 +123,9 @@ def _empty_parts(grouped: Tensor) -> tuple[Tensor, Tensor]:
 def _join_op(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.contiguous(), sin.contiguous()
     joined = _empty_join(grad_query, grad_key)
-    _turn(grad_query, joined[..., :-2, :], cos, sin, -1.0)
-    _turn(grad_key[..., None, :], joined[..., -2:-1, :], cos, sin, -1.0)
-    _turn(grad_value[..., None, :], joined[..., -1:, :], cos, sin, 1.0, rotates=False)
+    turn(grad_query, joined[..., :-2, :], cos, sin, -1.0)
+    turn(grad_key[..., None, :], joined[..., -2:-1, :], cos, sin, -1.0)
+    turn(grad_value[..., None, :], joined[..., -1:, :], cos, sin, 1.0, rotates=False)
     return joined
 
 

@@ -176,23 +176,8 @@ def _forward_kernel(
     tl.store(lse_ptr + line(head, R) + row, lse, mask=row < R)
 
 
-_LIBRARY = "chiar_megatron"
-_FORWARD = (
-    "(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor? seed, float dropout_p) "
-    "-> (Tensor, Tensor)"
-)
-_BACKWARD = "(Tensor grad, Tensor[] saved, Tensor? seed, float dropout_p) -> Tensor[]"
-
-
-@torch.library.custom_op(f"{_LIBRARY}::routed_attention", mutates_args=(), schema=_FORWARD)
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, seed: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     """Output [R, n, d] and logsumexp of the scores, to base 2, [n, R] float32 by `per_row`."""
     (R, n, d), g = q.shape, k.shape[1]
@@ -215,6 +200,37 @@ def _forward_op(
     return out, lse
 
 
+def gradients_of(
+    grad: Tensor, saved: list[Tensor], seed: Tensor | None, dropout_p: float, out: tuple[Tensor, ...]
+) -> None:
+    """Writes those of q, k and v into `out`, whose strides are for `gradients` to say; saved: what `attend`
+    took and gave."""
+    q, k, v, *rest = saved
+    q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
+    gradients(grad, Saved(q, k, v, *rest), seed, dropout_numbers(dropout_p), out)
+
+
+_LIBRARY = "chiar_megatron"
+_FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor? seed, float dropout_p) "
+    "-> (Tensor, Tensor)"
+)
+_BACKWARD = "(Tensor grad, Tensor[] saved, Tensor? seed, float dropout_p) -> Tensor[]"
+
+
+@torch.library.custom_op(f"{_LIBRARY}::routed_attention", mutates_args=(), schema=_FORWARD)
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    last: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    return attend(q, k, v, first, last, seed, dropout_p)
+
+
 @_forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), per_row(q)
@@ -223,9 +239,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, *_: Any) -> tuple[Tensor, 
 @torch.library.custom_op(f"{_LIBRARY}::routed_attention_backward", mutates_args=(), schema=_BACKWARD)
 def _backward_op(grad: Tensor, saved: list[Tensor], seed: Tensor | None, dropout_p: float) -> list[Tensor]:
     """Gradients of q, k and v, contiguous; saved: q, k, v, first, last, out, logsumexp."""
-    q, k, v, *rest = saved
-    q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
-    return gradients(grad, Saved(q, k, v, *rest), seed, dropout_numbers(dropout_p))
+    out = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in saved[:3])
+    gradients_of(grad, saved, seed, dropout_p, out)
+    return list(out)
 
 
 @_backward_op.register_fake

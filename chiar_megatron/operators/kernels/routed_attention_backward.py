@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from chiar_megatron.operators.kernels.routed_attention_ranges import row_ranges
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     inner_range,
     kept,
@@ -36,7 +36,6 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
 )
 
 DELTA_ROWS = 64
-NEVER = 2**31 - 1
 LN_2 = tl.constexpr(math.log(2))
 
 
@@ -52,26 +51,29 @@ class Saved(NamedTuple):
     lse: Tensor
 
 
-def gradients(grad: Tensor, saved: Saved, seed: Tensor | None, dropout: tuple[int, float]) -> list[Tensor]:
-    """Gradients of q, k and v for the gradient `grad` [R, n, d] of the output, contiguous.
+def gradients(
+    grad: Tensor, saved: Saved, seed: Tensor | None, dropout: tuple[int, float], out: tuple[Tensor, ...]
+) -> None:
+    """Writes the gradients of q, k and v, for the gradient `grad` [R, n, d] of the output, into `out`: that
+    of q contiguous, those of k and v with the same strides, the last of them 1.
 
     dropout: what `dropout_numbers` says of its probability; it counts where there is a seed.
     """
     q, k = saved.q, saved.k
     R, n, d = q.shape
     saved = saved._replace(first=saved.first.contiguous(), last=saved.last.contiguous())
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dq, dk, dv = out
     if q.numel() == 0 or k.numel() == 0:
-        return [torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk.zero_(), dv.zero_()]
+        for empty in out:
+            empty.zero_()
+        return
     delta = per_row(q)
     _delta_kernel[(triton.cdiv(R, DELTA_ROWS) * n,)](
         (grad, saved.out, delta), grad.stride()[:2], (R, n), d, DELTA_ROWS
     )
     numbers = (score_scale(d), *dropout)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _query_gradient(grad, saved, delta, seed, numbers, dq)
     _key_gradient(grad, saved, delta, seed, numbers, (dk, dv))
-    return [dq, dk, dv]
 
 
 def _strides(grad: Tensor, saved: Saved) -> tuple[int, ...]:
@@ -104,35 +106,17 @@ def _key_gradient(
 ) -> None:
     (R, n, d), (K, g, _) = saved.q.shape, saved.k.shape
     tuning = tuning_of("key_grad", saved.q)
-    bounds = _row_ranges(saved.first, saved.last, K, tuning.block_k)
+    bounds = row_ranges(saved.first, saved.last, K, tuning.block_k)
     tiles = tuning.descriptors(saved.q, grad, tuning.block_q)
     lines = (None, None) if tiles[0] is None else line_descriptors(saved.lse, delta, tuning.block_q)
     _key_gradient_kernel[(triton.cdiv(K, tuning.block_k) * g,)](
         (*saved[:5], grad, saved.lse, delta, seed, bounds, *out),
         *tiles,
         *lines,
-        _strides(grad, saved),
+        (*_strides(grad, saved), *out[0].stride()[:2]),
         (R, K, n, g, *numbers),
         **tuning.options(d),
     )
-
-
-def _row_ranges(first: Tensor, last: Tensor, K: int, block_k: int) -> Tensor:
-    """Query rows of each block of keys, int32 [5, blocks]: low, mid, mid_stop, stop, valid.
-
-    Some key of the block is seen by the rows [low, stop), all are by [mid, mid_stop); padding begins at row
-    `valid`, the same for every block. Stays on the device.
-    """
-    # Padding rows stand at the end: beyond every key, both arrays stay sorted.
-    padding = last < first
-    first, last = first.masked_fill(padding, NEVER), last.masked_fill(padding, NEVER)
-    start = torch.arange(0, K, block_k, dtype=torch.int32, device=first.device)
-    # Not cut to K: a short last block is nobody's in full, and so always masked.
-    edges = torch.stack((start, start + (block_k - 1)))
-    seen = torch.searchsorted(last, edges, out_int32=True)  # rows that end before the edge
-    begun = torch.searchsorted(first, edges, right=True, out_int32=True)  # rows that begin up to it
-    valid = (~padding).sum(dtype=torch.int32).expand(1, len(start))
-    return torch.cat((seen, begun, valid))
 
 
 @triton.jit
@@ -326,7 +310,7 @@ def _key_gradient_kernel(
     BLOCK_D: tl.constexpr = padded_head(HEAD)
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
     bounds_ptr, dk_ptr, dv_ptr = tensors[9:]
-    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, out_row, out_head = strides
     R, K, heads, groups, scale, threshold, keep_scale = numbers
     # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
     blocks = tl.num_programs(0) // groups
@@ -371,5 +355,5 @@ def _key_gradient_kernel(
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
     dk, dv = state
     dk = dk * (scale * LN_2)
-    store_tile(dk_ptr + kv_head * HEAD, start, groups * HEAD, K, dk, HEAD)
-    store_tile(dv_ptr + kv_head * HEAD, start, groups * HEAD, K, dv, HEAD)
+    store_tile(dk_ptr + kv_head * out_head, start, out_row, K, dk, HEAD)
+    store_tile(dv_ptr + kv_head * out_head, start, out_row, K, dv, HEAD)

@@ -62,32 +62,34 @@ def _select_kernel(inputs, outputs, N, capacity, BLOCK_N: tl.constexpr):
                 reached += tl.sum(tl.where(key.to(tl.int64) >= middle, light, 0), 0)
             cut = tl.where(reached >= capacity, middle, cut)
             high = tl.where(reached >= capacity, high, middle - 1)
-    above = 0
+    ties_left = 0
+    if total > capacity:
+        above = 0
+        for start in range(0, N, BLOCK_N):
+            place, light, key = _load(light_ptr, score_ptr, start, N, BLOCK_N)
+            above += tl.sum(tl.where(key.to(tl.int64) > cut, light, 0), 0)
+        ties_left = capacity - above
+    rows = 0
     for start in range(0, N, BLOCK_N):
         place, light, key = _load(light_ptr, score_ptr, start, N, BLOCK_N)
-        above += tl.sum(tl.where(key.to(tl.int64) > cut, light, 0), 0)
-    ties_left = capacity - above
-    rows, rest = 0, 0
-    for start in range(0, N, BLOCK_N):
-        place, light, key = _load(light_ptr, score_ptr, start, N, BLOCK_N)
-        tie = tl.where(key.to(tl.int64) == cut, light, 0)
-        passes = tl.where(key.to(tl.int64) > cut, light, 0)
-        fits = tl.where(tl.cumsum(tie, 0) <= ties_left, tie, 0)
-        ties_left -= tl.sum(fits, 0)
-        kept = passes + fits
+        kept = tl.where(key.to(tl.int64) > cut, light, 0)
+        if total > capacity:
+            tie = tl.where(key.to(tl.int64) == cut, light, 0)
+            fits = tl.where(tl.cumsum(tie, 0) <= ties_left, tie, 0)
+            ties_left -= tl.sum(fits, 0)
+            kept += fits
         slot = rows + tl.cumsum(kept, 0) - 1
         tl.store(kept_ptr + place, kept.to(tl.int8), mask=place < N)
         tl.store(slot_ptr + place, tl.where(kept > 0, slot, 0).to(tl.int64), mask=place < N)
         tl.store(index_ptr + slot, place.to(tl.int64), mask=kept > 0)
-        other = tl.where(place < N, 1 - kept, 0)
-        tl.store(rest_ptr + rest + tl.cumsum(other, 0) - 1, place, mask=other > 0)
+        # Of the tokens up to this one slot + 1 are kept.
+        tl.store(rest_ptr + place - slot - 1, place, mask=(place < N) & (kept == 0))
         rows += tl.sum(kept, 0)
-        rest += tl.sum(other, 0)
     for start in range(rows, capacity, BLOCK_N):
         unused = start + tl.arange(0, BLOCK_N)
         tl.store(index_ptr + unused, tl.zeros([BLOCK_N], tl.int64), mask=unused < capacity)
     tl.store(counts_ptr, rows)
-    tl.store(counts_ptr + 1, rest)
+    tl.store(counts_ptr + 1, N - rows)
 
 
 @torch.library.custom_op("chiar_megatron::select_rows", mutates_args=())

@@ -45,12 +45,12 @@ class Subset(NamedTuple):
 
 # Best of a sweep on one H100 (bf16, 32768 x 1024).
 DEFAULTS = {
-    "entropy": Tuning(4, 4, 3, 2, 0),
+    "entropy": Tuning(1, 1, 4, 8, 0),
     "mixing": Tuning(1, 1, 3, 8, 0),
-    "mixing_subset": Tuning(4, 4, 2, 2, 0),
+    "mixing_subset": Tuning(1, 1, 3, 8, 0),
     "entropy_and_mixing": Tuning(1, 1, 3, 8, 0),
     "backward": Tuning(1, 1, 3, 8, 0),
-    "backward_subset": Tuning(4, 4, 2, 2, 0),
+    "backward_subset": Tuning(1, 1, 4, 8, 0),
 }
 # Programs where there are no multiprocessors: the interpreter's few blocks then share programs too.
 INTERPRETED_PROGRAMS = 3
@@ -123,13 +123,7 @@ def _mixing_op(
     precision: str,
     tuning: Optional[Sequence[int]],
 ) -> Tensor:
-    x = _row_major(x)
-    subset = rows is not None
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch = _Launch("mixing_subset" if subset else "mixing", x, precision, tuning, rows)
-    used = (rows, count) if subset else (x, x)
-    launch.forward((x, w.contiguous(), *used, x, y), 1.0, (False, True, subset))
-    return y
+    return mix(x, w, rows, count, precision, tuning)
 
 
 @torch.library.custom_op("chiar::entropy_and_mixing", mutates_args=())
@@ -156,20 +150,53 @@ def mixing_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `spectral_mixing` to x [N, H] and w [H], each in its dtype, from grad [N, H]; rows of
     the first that are not in the subset mean nothing."""
-    x, grad, w_row = _row_major(x), _row_major(grad), w.contiguous()
-    subset = rows is not None
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch = _Launch("backward_subset" if subset else "backward", x, precision, tuning, rows)
+    return dx, mix_backward(_row_major(grad), x, w, (rows, count), dx, precision, tuning).to(w.dtype)
+
+
+def mix(
+    x: Tensor,
+    w: Tensor,
+    rows: Optional[Tensor],
+    count: Optional[Tensor],
+    precision: str = "bf16",
+    tuning: Optional[Sequence[int]] = None,
+) -> Tensor:
+    """`spectral_mixing` without a gradient; rows that are not in the subset are left uninitialised."""
+    x = _row_major(x)
+    subset = rows is not None
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch = _Launch("mixing_subset" if subset else "mixing", x, precision, tuning, rows)
+    used = (rows, count) if subset else (x, x)
+    launch.forward((x, w.contiguous(), *used, x, y), 1.0, (False, True, subset))
+    return y
+
+
+def mix_backward(
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    subset: tuple[Optional[Tensor], Optional[Tensor]],
+    dx: Tensor,
+    precision: str = "bf16",
+    tuning: Optional[Sequence[int]] = None,
+) -> Tensor:
+    """Writes the gradient to x into dx [N, H], contiguous; returns that to w, float32.
+
+    subset: rows and their count, or None twice; other rows of dx stay as they are. dx may be grad itself:
+    then the gradient is added to it.
+    """
+    x, rows = _row_major(x), subset[0]
+    launch = _Launch("backward" if rows is None else "backward_subset", x, precision, tuning, rows)
     partial = torch.empty(launch.programs, x.shape[1], dtype=torch.float32, device=x.device)
     if launch.programs:
-        used = (rows, count) if subset else (x, x)
         backward_kernel[(launch.programs,)](
-            (grad, x, w_row, *used, dx, partial),
+            (grad, x, w.contiguous(), *((x, x) if rows is None else subset), dx, partial),
             *(launch.tables, (len(x), grad.stride(0), x.stride(0)), launch.dims),
-            SUBSET=subset,
+            flags=(rows is not None, dx is grad),
             **launch.options,
         )
-    return dx, partial.sum(0).to(w.dtype)
+    return partial.sum(0)
 
 
 class _Launch:

@@ -196,10 +196,15 @@ def forward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, S
 
 @triton.jit
 def backward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
-                    PRECISION: tl.constexpr, SUBSET: tl.constexpr):  # fmt: skip
-    """dx of a block of rows, and the sum of dw over all blocks of this program: dw [programs, N]."""
+                    PRECISION: tl.constexpr, flags: tl.constexpr):  # fmt: skip
+    """dx of a block of rows, and the sum of dw over all blocks of this program: dw [programs, N].
+
+    flags: whether only of rows[:count], and whether dx is g and added to.
+    """
     g_ptr, x_ptr, w_ptr, rows, count, dx_ptr, dw_ptr = tensors
     n, g_stride, x_stride = numbers
+    SUBSET: tl.constexpr = flags[0]
+    ADDS: tl.constexpr = flags[1]
     if SUBSET:
         n = tl.load(count)
     constants = _constants(tables, d, B)
@@ -218,6 +223,8 @@ def backward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, 
         dw_p += p * grad_p
         dw_q += q * grad_q
         dx = _transposed_dct(grad_p * filter_p, grad_q * filter_q, constants, d, PRECISION)
+        if ADDS:
+            dx += g.to(tl.float32)
         tl.store(dx_ptr + row * width + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     # Programs without rows write their zeros too: the partial sums start uninitialised.
     dw_ptr += tl.program_id(0) * width

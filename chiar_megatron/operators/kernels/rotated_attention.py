@@ -1,0 +1,130 @@
+"""`routed_attention` together with the rotation of its queries and keys: gradients of keys and values go
+straight to where their linear layer wants them, and are rotated back in place."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from chiar_megatron.operators.kernels.rotary import turn
+from chiar_megatron.operators.kernels.routed_attention import attend, gradients_of
+from chiar_megatron.operators.kernels.routed_attention_tiles import per_row
+
+KEY, VALUE = slice(0, 1), 1  # of the third dimension of keys and values
+
+
+class Angles(NamedTuple):
+    """cos and sin `[x, d/2]` float32 of the rows, and of the keys: of all, or of one sequence's where all are
+    alike."""
+
+    cos_R: Tensor
+    sin_R: Tensor
+    cos_K: Tensor
+    sin_K: Tensor
+
+
+def rotated_attention(
+    q_RND: Tensor,
+    kv_KGYD: Tensor,
+    angles: Angles,
+    ranges: tuple[Tensor, Tensor],
+    dropout_p: float = 0.0,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """Attention `[R, n, d]` of query rows and keys before their rotation, as `routed_attention` has it.
+
+    kv_KGYD: `[K, g, 2, d]`, keys and values. ranges: first and last key of each row.
+    """
+    out: Tensor = _RotatedAttention.apply(q_RND, kv_KGYD, dropout_p, seed, *ranges, *angles)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _sequences(kv: Tensor, cos: Tensor) -> Tensor:
+    """Keys `[b, s, g, 1, d]` of keys and values, s as long as the table of angles."""
+    keys: Tensor = kv.unflatten(0, (-1, len(cos)))[:, :, :, KEY]
+    return keys
+
+
+def _rows(q: Tensor) -> Tensor:
+    return q[None, :, :, None]
+
+
+@torch.library.custom_op("chiar_megatron::rotated_attention", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    kv: Tensor,
+    ranges: list[Tensor],
+    angles: list[Tensor],
+    seed: Optional[Tensor],
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, logsumexp, rotated queries and rotated keys [K, g, d]."""
+    turned_q, turned_k = _empty(q, kv)
+    cos_R, sin_R, cos_K, sin_K = angles
+    turn(_rows(q), _rows(turned_q), cos_R, sin_R, 1.0)
+    if kv.numel():
+        keys = turned_k.unflatten(0, (-1, len(cos_K)))[:, :, :, None]
+        turn(_sequences(kv, cos_K), keys, cos_K, sin_K, 1.0)
+    first, last = ranges
+    out, lse = attend(turned_q, turned_k, kv[:, :, VALUE], first, last, seed, dropout_p)
+    return out, lse, turned_q, turned_k
+
+
+@torch.library.custom_op("chiar_megatron::rotated_attention_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    kv: Tensor,
+    saved: list[Tensor],
+    ranges: list[Tensor],
+    angles: list[Tensor],
+    seed: Optional[Tensor],
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and kv; saved: what the forward pass returned."""
+    out, lse, turned_q, turned_k = saved
+    dq = torch.empty(turned_q.shape, dtype=kv.dtype, device=kv.device)
+    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    inputs = [turned_q, turned_k, kv[:, :, VALUE], *ranges, out, lse]
+    gradients_of(grad, inputs, seed, dropout_p, (dq, dkv[:, :, 0], dkv[:, :, VALUE]))
+    cos_R, sin_R, cos_K, sin_K = angles
+    turn(_rows(dq), _rows(dq), cos_R, sin_R, -1.0)
+    if kv.numel():
+        turn(_sequences(dkv, cos_K), _sequences(dkv, cos_K), cos_K, sin_K, -1.0)
+    return dq, dkv
+
+
+def _empty(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+    keys = torch.empty(kv.shape[0], kv.shape[1], kv.shape[3], dtype=kv.dtype, device=kv.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), keys
+
+
+@_forward_op.register_fake
+def _(q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), per_row(q), *_empty(q, kv)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dq = torch.empty(grad.shape, dtype=kv.dtype, device=kv.device)
+    return dq, torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+
+
+class _RotatedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, kv: Tensor, dropout_p: float, seed: Optional[Tensor], *tables: Tensor
+    ) -> Tensor:
+        ranges, angles = list(tables[:2]), list(tables[2:])
+        out, *rest = _forward_op(q, kv, ranges, angles, seed, dropout_p)
+        ctx.save_for_backward(kv, out, *rest, *tables, seed)
+        ctx.dropout_p = dropout_p
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        kv, *rest, seed = ctx.saved_tensors
+        saved, ranges, angles = rest[:4], rest[4:6], rest[6:]
+        dq, dkv = _backward_op(grad, kv, saved, ranges, angles, seed, ctx.dropout_p)
+        return dq, dkv, *[None] * 8

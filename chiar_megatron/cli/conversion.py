@@ -100,9 +100,14 @@ def _convert(parsed: argparse.Namespace) -> int:
             if getattr(parsed, option) is None:
                 raise ConfigError("give --from F --to G SRC DST, or --inspect SRC")
         report = convert(
-            parsed.source_format, parsed.target_format, Path(parsed.source), Path(parsed.destination), options
+            parsed.source_format,
+            parsed.target_format,
+            Path(parsed.source),
+            Path(parsed.destination),
+            options,
+            lambda note: print(f"note: {note}", flush=True),
         )
     finally:
         shutdown()
-    print("\n".join([*summary(report), f"written to {parsed.destination}"]))
+    print("\n".join([*summary(report, with_notes=False), f"written to {parsed.destination}"]))
     return EXIT_DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from chiar_megatron.conversion.formats import ConvertOptions, Format
 from chiar_megatron.conversion.journal import Journal, source_fingerprint
 from chiar_megatron.conversion.verify import Agreement, Side, verify
 from chiar_megatron.data.tokenizer import load_tokenizer
-from chiar_megatron.errors import CheckpointError, ConfigError
+from chiar_megatron.errors import CheckpointError, ChiarError, ConfigError
 from chiar_megatron.runtime.distributed import single_process_world
 
 FORMATS = ("native", "reference", "huggingface", "megatron")
@@ -26,13 +27,18 @@ __all__ = ["ConvertOptions", "convert", "inspect", "summary"]
 
 
 def convert(
-    source_format: str, target_format: str, source: Path, destination: Path, options: ConvertOptions
+    source_format: str,
+    target_format: str,
+    source: Path,
+    destination: Path,
+    options: ConvertOptions,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Convert a checkpoint on the CPU; returns the report that also lies in `destination/conversion.json`.
 
     The destination appears whole, under its final name, or not at all; what a killed run has finished is
-    taken up by the next. Raises ConfigError for formats and options that do not fit, CheckpointError for a
-    source that is torn or unknown, what the target cannot carry, a destination that exists or cannot be
+    taken up by the next. say: told, before work starts, what is assumed or not carried.
+    Raises ConfigError for formats and options that do not fit, CheckpointError for a source that is torn or unknown, what the target cannot carry, a destination that exists or cannot be
     written, and a result that does not agree.
     """
     reader, writer = _formats(source_format, target_format)
@@ -43,6 +49,8 @@ def convert(
     single_process_world("cpu")
     model = _with_tokenizer(cast(reader.read(source, options), options.dtype), options)
     model = replace(model, notes=(*model.notes, *writer.losses(model, options)))
+    for note in model.notes:
+        say(note)
     conversion = {
         "from": source_format,
         "to": target_format,
@@ -67,7 +75,7 @@ def convert(
         journal.commit(lambda folder: _write_report(report, folder, journal))
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error}") from None
-    except (CheckpointError, ConfigError):
+    except ChiarError:
         if journal is not None:
             journal.discard()
         raise
@@ -93,9 +101,9 @@ def inspect(source: Path, options: ConvertOptions, source_format: str | None = N
     return {"format": format.name, "path": str(source), **_describe(model), **format.describe(source)}
 
 
-def summary(report: dict[str, Any]) -> list[str]:
+def summary(report: dict[str, Any], with_notes: bool = True) -> list[str]:
     """The report in lines for the terminal."""
-    lines = [*_headline(report), *(f"note: {note}" for note in report["notes"])]
+    lines = [*_headline(report), *(f"note: {note}" for note in report["notes"] if with_notes)]
     found = report["verification"]
     if found is None:
         return [*lines, "not verified"]

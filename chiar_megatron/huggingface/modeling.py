@@ -94,7 +94,7 @@ class ChiarDecoderLayer(nn.Module):
         if weights is None:
             return torch.where(light[..., None], outputs[1], outputs[0])
         weights = weights.to(x.dtype)
-        blended = outputs[0] * weights[..., 0:1]
+        blended: Tensor = outputs[0] * weights[..., 0:1]
         for index in range(1, len(outputs)):
             blended = blended + outputs[index] * weights[..., index : index + 1]
         return blended

@@ -38,8 +38,9 @@ def convert(
 
     The destination appears whole, under its final name, or not at all; what a killed run has finished is
     taken up by the next. say: told, before work starts, what is assumed or not carried.
-    Raises ConfigError for formats and options that do not fit, CheckpointError for a source that is torn or unknown, what the target cannot carry, a destination that exists or cannot be
-    written, and a result that does not agree.
+    Raises ConfigError for formats and options that do not fit, CheckpointError for a source that is torn or
+    unknown, what the target cannot carry, a destination that exists or cannot be written, and a result that
+    does not agree.
     """
     reader, writer = _formats(source_format, target_format)
     if os.path.lexists(destination):

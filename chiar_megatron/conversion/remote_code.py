@@ -104,6 +104,8 @@ def _parse(module: str) -> _Module:
         elif isinstance(node, ast.Assign):
             targets = [name for target in node.targets for name in ast.walk(target)]
             parsed.definitions |= {name.id: node for name in targets if isinstance(name, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            parsed.definitions[node.target.id] = node
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
             parsed.own |= {alias.name: (node.module or "", alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -213,16 +213,15 @@ class ChiarModel(ChiarPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        past_key_values: Cache | None = None,
-        output_hidden_states: bool | None = None,
         routing: Routing | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> BaseModelOutputWithPast:
-        """attention_mask: `[b, past + s]`, 0 for padding. cache or past_key_values: a DynamicCache."""
+        """attention_mask: `[b, past + s]`, 0 for padding. cache: a DynamicCache, also as past_key_values.
+        others: output_hidden_states; what else transformers passes is not used."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        cache = self._cache(others.get("past_key_values") if cache is None else cache, use_cache)
         context = token_context(self.config, x, input_ids, attention_mask, position_ids, cache, routing)
         prefix = recall(self.config, x, context)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -235,8 +234,9 @@ class ChiarModel(ChiarPreTrainedModel):
             states.append(x)
         x = self.norm(x)
         states[-1] = x
-        shown = tuple(states) if output_hidden_states or self.config.output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=shown, **{CACHE_FIELD: cache})  # type: ignore[arg-type]
+        shown = others.get("output_hidden_states") or self.config.output_hidden_states
+        hidden = tuple(states) if shown else None
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **{CACHE_FIELD: cache})  # type: ignore[arg-type]
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         config = self.config

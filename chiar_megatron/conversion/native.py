@@ -26,7 +26,7 @@ from chiar_megatron.checkpoint.files import (
 )
 from chiar_megatron.checkpoint.store import make_info
 from chiar_megatron.checkpoint.torch_dist import METADATA, Chunk, TorchDistWriter, stored_tensors
-from chiar_megatron.config.load import config_from_dict, to_dict
+from chiar_megatron.config.load import config_from_dict, dump_config, to_dict
 from chiar_megatron.config.mcore import padded_vocab_size
 from chiar_megatron.config.schema import ParallelConfig, RunConfig
 from chiar_megatron.conversion.canonical import (
@@ -42,6 +42,7 @@ from chiar_megatron.conversion.tokenizers import copy_tokenizer
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, extra_states, tensor_specs
 
+RECIPE = "config.yaml"
 _LAYOUT = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -117,6 +118,7 @@ class Native(Format):
         assert METADATA in files
         (target / MANIFEST).write_text(json.dumps({name: file_digest(target / name) for name in files}))
         (journal.content / LATEST).write_text(folder + "\n")
+        (journal.content / RECIPE).write_text(dump_config(config))  # for `chiar pretrain --init-from`
 
     def _config(self, model: Canonical, journal: Journal) -> RunConfig:
         """As the model's, with the run folder and tokenizer that it will have."""

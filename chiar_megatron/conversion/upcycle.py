@@ -42,6 +42,7 @@ from chiar_megatron.model.tensors import LazyTensor, refuse, tensor_specs
 DENSE = ("llama", "mistral", "qwen2")
 SCORE_STD = 1e-6  # of a token's first score
 THRESHOLD = -1.0  # far below every first score
+TARGET = 0.9  # share of light tokens that training begins to hold, unless told otherwise
 
 
 def is_dense(folder: Path) -> bool:
@@ -71,8 +72,8 @@ def read_dense(folder: Path, options: ConvertOptions) -> Canonical:
         config,
         tensors,
         notes=(
-            f"upcycled: routers start near all light (threshold {THRESHOLD}), filters at 0; continue by "
-            "training.init_from with model.router.target",
+            f"upcycled: routers start near all light (threshold {THRESHOLD}), filters at 0; go on by "
+            f"`chiar pretrain DST/config.yaml --init-from DST run_dir=...` at model.router.target {TARGET}",
         ),
         tokenizer=find_tokenizer(folder),
         facts={"source_model": read_json(folder / CONFIG).get("model_type")},
@@ -160,7 +161,7 @@ def _native_config(folder: Path, schedule: str | None) -> RunConfig:
         rotary_base=float(_rope(theirs)["rope_theta"]),
         rotary_scaling=_scaling(_rope(theirs)),
         init_std=theirs.initializer_range,
-        router=RouterConfig(kind="learned", threshold=THRESHOLD),
+        router=RouterConfig(kind="learned", threshold=THRESHOLD, target=TARGET),
         meta_router=MetaRouterConfig(enabled=False),
     )
     data = DataConfig(eod_token=eos[0] if isinstance(eos, list) else eos)

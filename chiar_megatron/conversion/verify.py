@@ -76,8 +76,9 @@ def verify(
     """
     changed = changed_tensors(model, target.format.read(target.path, options), advance)
     if changed:
+        names = ", ".join(changed[:6])
         raise CheckpointError(
-            f"{target.path.name}: not as converted when read back: {', '.join(changed[:6])}"
+            f"what was written is not as converted when read back, nothing was kept: {names}"
         )
     ids_BS = seeded_ids(model)
     # With another precision asked for, the source's own answer is another: then what was written answers.

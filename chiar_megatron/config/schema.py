@@ -85,7 +85,7 @@ class MetaRouterConfig:
 class RotaryScalingConfig:
     """Rotary positions stretched beyond the length that a model was first trained on."""
 
-    kind: Literal["none", "linear", "llama3"] = "none"
+    rope_type: Literal["none", "linear", "llama3"] = "none"
     """none; linear divides every frequency by `factor`; llama3 the low ones only, by Llama 3.1's rule."""
 
     factor: float = 1.0

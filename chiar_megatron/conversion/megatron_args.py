@@ -161,9 +161,9 @@ def _scaling_of(args: Namespace) -> RotaryScalingConfig:
 
 def _scaling_arguments(scaling: RotaryScalingConfig) -> dict[str, Any] | None:
     """None where Megatron-LM knows no such scaling."""
-    if scaling.kind == "none":
+    if scaling.rope_type == "none":
         return {}
-    if scaling.kind == "linear":
+    if scaling.rope_type == "linear":
         whole = scaling.factor.is_integer()
         return {"rotary_seq_len_interpolation_factor": int(scaling.factor) if whole else scaling.factor}
     if scaling == RotaryScalingConfig("llama3", scaling.factor, _LOW, _HIGH, _ROPE_SCALING_LENGTH):

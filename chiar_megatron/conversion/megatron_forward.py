@@ -31,9 +31,9 @@ def megatron_answer(model: Canonical, ids_BS: Tensor, noisy: bool = False) -> An
     rotary = RotaryEmbedding(
         config.kv_channels,
         rotary_percent=1.0,
-        seq_len_interpolation_factor=scaling.factor if scaling.kind == "linear" else None,
+        seq_len_interpolation_factor=scaling.factor if scaling.rope_type == "linear" else None,
         rotary_base=config.rotary_base,
-        rope_scaling=scaling.kind == "llama3",
+        rope_scaling=scaling.rope_type == "llama3",
         rope_scaling_factor=scaling.factor,
         use_cpu_initialization=True,
     )

@@ -237,7 +237,7 @@ def _unknown_there(model: Canonical) -> list[str]:
         ("add_qkv_bias", config.add_qkv_bias is not False, True),
         ("num_query_groups", config.num_query_groups, config.num_attention_heads),
         ("rotary_base", config.rotary_base, ROTARY_BASE),
-        ("rotary_scaling.kind", config.rotary_scaling.kind, "none"),
+        ("rotary_scaling.rope_type", config.rotary_scaling.rope_type, "none"),
         ("mask_documents", config.mask_documents, False),
     ]
     if config.meta_router.enabled:

@@ -86,7 +86,7 @@ class ChiarConfig(PretrainedConfig):
         for name, value in given.items():
             setattr(self, name, derived.get(name) if value is None else value)
         self.num_hidden_layers = len(parse_schedule(self.schedule))
-        self.rotary_scaling = self.rotary_scaling or {"kind": "none"}
+        self.rotary_scaling = self.rotary_scaling or {"rope_type": "none"}
         self.router = {
             "kind": "entropy",
             "dc_power_weight": 1.0,

@@ -53,9 +53,9 @@ def rotary_frequencies(
     """
     exponent_D = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
     frequency_D = base**-exponent_D
-    if scaling.kind == "none":
+    if scaling.rope_type == "none":
         return frequency_D
-    if scaling.kind == "linear":
+    if scaling.rope_type == "linear":
         return frequency_D / scaling.factor
     turns_D = scaling.original_max_position_embeddings * frequency_D / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -46,6 +46,7 @@ def transformer_config(
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=model.add_bias,
+        add_qkv_bias=model.add_bias if model.add_qkv_bias is None else model.add_qkv_bias,
         gated_linear_unit=model.activation == "swiglu",
         activation_func=F.silu if model.activation == "swiglu" else F.gelu,
         # megatron-core's own initialisation also marks parameters as sharded, so it runs, drawing nothing.

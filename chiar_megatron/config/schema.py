@@ -82,6 +82,26 @@ class MetaRouterConfig:
 
 
 @dataclass(frozen=True)
+class RotaryScalingConfig:
+    """Rotary positions stretched beyond the length that a model was first trained on."""
+
+    rope_type: Literal["none", "linear", "llama3"] = "none"
+    """none; linear divides every frequency by `factor`; llama3 the low ones only, by Llama 3.1's rule."""
+
+    factor: float = 1.0
+    """By how much."""
+
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original length / this are divided whole."""
+
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original length / this stay; those between are interpolated."""
+
+    original_max_position_embeddings: int = 8192
+    """llama3: the original length, in tokens."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and kinds of the CHIAR-Former (paper, section 3)."""
 
@@ -128,11 +148,17 @@ class ModelConfig:
     add_bias: bool = True
     """Biases in linear layers (paper: yes)."""
 
+    add_qkv_bias: Optional[bool] = None
+    """Biases of queries, keys and values (Qwen2 has no others). null: add_bias."""
+
     tie_embeddings: bool = True
     """Share the token embedding with the output head (paper: yes)."""
 
     rotary_base: float = 10000.0
     """Base of the rotary position embedding."""
+
+    rotary_scaling: RotaryScalingConfig = field(default_factory=RotaryScalingConfig)
+    """Stretching of rotary positions."""
 
     dropout: float = 0.0
     """Dropout probability on embeddings, on the feed-forward layer and on attention probabilities."""

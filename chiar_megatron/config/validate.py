@@ -45,7 +45,10 @@ LIMITS = (
         "above 0",
         lambda value: value > 0,
         (
-            "model.norm_epsilon", "model.rotary_base", "model.init_std", "model.rbf_gamma",
+            "model.norm_epsilon", "model.rotary_base", "model.rotary_scaling.factor",
+            "model.rotary_scaling.low_freq_factor", "model.rotary_scaling.high_freq_factor",
+            "model.rotary_scaling.original_max_position_embeddings",
+            "model.init_std", "model.rbf_gamma",
             "model.router.controller_gain", "optimizer.lr", "optimizer.eps",
             "runtime.start_timeout_seconds", "runtime.collective_timeout_seconds",
         ),

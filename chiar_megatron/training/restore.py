@@ -22,12 +22,13 @@ _log = logging.getLogger(__name__)
 # Fields that decide which tensors there are and of which shape.
 _SHAPE_FIELDS = (
     "schedule", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "vocab_size", "activation", "norm", "normalization", "add_bias", "tie_embeddings",
+    "vocab_size", "activation", "norm", "normalization", "add_bias", "add_qkv_bias", "tie_embeddings",
     "router.kind", "router.operators", "meta_router.enabled",
 )  # fmt: skip
 # Fields that change what the same tensors compute.
 _MEANING_FIELDS = (
-    "norm_epsilon", "rotary_base", "router.dc_power_weight", "router.keys_values", "meta_router.pooling",
+    "norm_epsilon", "rotary_base", "rotary_scaling",
+    "router.dc_power_weight", "router.keys_values", "meta_router.pooling",
 )  # fmt: skip
 # Fields on which the order of samples rests: changed in mid-run, samples would be skipped or repeated.
 _ORDER_FIELDS = (

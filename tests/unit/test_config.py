@@ -235,7 +235,8 @@ def changed_everywhere() -> RunConfig:
         "kind": "soft", "operators": "spectral_attention_rbf", "keys_values": "routed", "pooling": "causal",
         "precision": "bf16", "device": "cpu", "split": "1,2,3", "wandb_mode": "online",
         "run_dir": "runs/ä: #1", "tokenizer": "123", "capacity": "none", "dispatch": "dense",
-        "recompute": "full", "compile": True, "cuda_graph": False,
+        "recompute": "full", "compile": True, "cuda_graph": False, "add_qkv_bias": False,
+        "rope_type": "linear",
     }  # fmt: skip
 
     def other(path: str, field_type: object) -> object:

@@ -17,7 +17,60 @@ def add_scaling_verbs(verbs: Verbs) -> None:
     """The verbs of this file, with their options."""
     scaling = verbs.add_parser("scaling", help="scaling laws: plan, run, collect, fit, predict")
     steps = scaling.add_subparsers(metavar="STEP", required=True)
+    _add_plan(steps)
+    _add_submit(steps)
+    _add_collect(steps)
     _add_fit(steps)
+
+
+def _add_plan(steps: Verbs) -> None:
+    plan = steps.add_parser(
+        "plan", help="budgets, sizes and schedules into a folder of recipes with their cost"
+    )
+    plan.add_argument("recipe", help="YAML recipe that every run starts from: text, router, layout")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="fields to overrule")
+    plan.add_argument("--output", required=True, metavar="DIR", help="the sweep's folder")
+    plan.add_argument("--kind", choices=("isoflop", "ratio", "lr"), default="isoflop")
+    plan.add_argument("--ladder", required=True, type=_list, metavar="HxL,...", help="hidden size × layers")
+    plan.add_argument(
+        "--schedules",
+        type=_list,
+        default=["twin", "chiar"],
+        metavar="V,...",
+        help="twin, chiar, chiar:RHO, interleave:K (twin,chiar)",
+    )
+    plan.add_argument("--budgets", type=_numbers, default=[], metavar="C,...", help="FLOPs of a run")
+    plan.add_argument("--ratios", type=_numbers, default=[20.0], metavar="R,...", help="tokens a parameter")
+    plan.add_argument(
+        "--lr-factors",
+        type=_numbers,
+        default=[0.25, 0.5, 1.0, 2.0, 4.0],
+        metavar="F,...",
+        help="of --kind lr",
+    )
+    plan.add_argument("--lr", type=float, help="peak learning rate (by the rule)")
+    plan.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a step (by the rule)")
+    plan.add_argument("--min-ratio", type=float, default=0.0, metavar="R", help="leave out runs of fewer D/N")
+    plan.add_argument("--held-out", action="store_true", help="for trying a law on: not part of the fit")
+    plan.add_argument("--add", action="store_true", help="to the runs already planned in DIR")
+    plan.add_argument("--flops-per-second", type=float, default=0.4 * 989e12, metavar="F", help="of a device")
+    plan.add_argument("--price", type=float, metavar="P", help="of a device hour")
+    plan.set_defaults(run=_plan)
+
+
+def _add_submit(steps: Verbs) -> None:
+    submit = steps.add_parser("submit", help="run what a sweep has not finished, one after another")
+    submit.add_argument("sweep", metavar="DIR", help="folder of `chiar scaling plan`")
+    submit.add_argument("--held-out", action="store_true", help="the held-out runs instead of the others")
+    submit.set_defaults(run=_submit)
+
+
+def _add_collect(steps: Verbs) -> None:
+    collect = steps.add_parser("collect", help="run folders into one table")
+    collect.add_argument("sweep", metavar="DIR", help="folder of `chiar scaling plan`")
+    collect.add_argument("--held-out", action="store_true", help="the held-out runs instead of the others")
+    collect.add_argument("--output", metavar="FILE", help=".csv or .parquet (DIR/runs.csv)")
+    collect.set_defaults(run=_collect)
 
 
 def _add_fit(steps: Verbs) -> None:
@@ -44,6 +97,66 @@ def _add_fit(steps: Verbs) -> None:
     fit.add_argument("--output", metavar="DIR", help="write fit.json, figures and report.html there")
     fit.add_argument("--json", action="store_true", help="print the JSON line only")
     fit.set_defaults(run=_fit)
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in _list(text)]
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.config.load import load_config
+    from chiar_megatron.config.validate import check_config, check_paths
+    from chiar_megatron.scaling.ladder import parse_size, parse_variant
+    from chiar_megatron.scaling.manifest import write_sweep
+    from chiar_megatron.scaling.plan import PlanRequest, plan_lines, plan_sweep
+
+    base = load_config(parsed.recipe, parsed.overrides)
+    check_config(base)
+    check_paths(base)
+    request = PlanRequest(
+        base=base,
+        folder=Path(parsed.output),
+        sizes=tuple(map(parse_size, parsed.ladder)),
+        variants=tuple(map(parse_variant, parsed.schedules)),
+        kind=parsed.kind,
+        budgets=tuple(parsed.budgets),
+        ratios=tuple(parsed.ratios),
+        lr_factors=tuple(parsed.lr_factors),
+        lr=parsed.lr,
+        batch_tokens=parsed.batch_tokens,
+        flops_per_second=parsed.flops_per_second,
+        held_out=parsed.held_out,
+        min_ratio=parsed.min_ratio,
+    )
+    plan = plan_sweep(request)
+    write_sweep(plan.sweep, plan.configs, parsed.add)
+    print("\n".join([*plan_lines(plan, parsed.price), f"written: {parsed.output}"]))
+    return EXIT_DONE
+
+
+def _submit(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.scaling.manifest import read_sweep
+    from chiar_megatron.scaling.submit import Local, submit
+
+    sweep = read_sweep(Path(parsed.sweep))
+    return submit(sweep, Local(), lambda line: print(line, flush=True), held_out=parsed.held_out)
+
+
+def _collect(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.scaling.collect import as_rows, collect, collect_lines
+    from chiar_megatron.scaling.manifest import read_sweep
+    from chiar_megatron.scaling.table import write_table
+
+    sweep = read_sweep(Path(parsed.sweep))
+    runs = [run for run in collect(sweep) if run.held_out == parsed.held_out]
+    output = Path(parsed.output) if parsed.output else sweep.folder / "runs.csv"
+    write_table(output, as_rows(runs))
+    print("\n".join([*collect_lines(runs), f"written: {output}"]))
+    return EXIT_DONE
 
 
 def _fit(parsed: argparse.Namespace) -> int:

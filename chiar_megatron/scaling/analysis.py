@@ -113,7 +113,7 @@ class Analysis:
         if self.held_out is not None:
             held = self.held_out
             yield (
-                f"  fitted without the {held.runs} largest runs ({held.extrapolation:.3g}× the FLOPs fitted): "
+                f"  fitted without the {held.runs} largest runs ({held.extrapolation:.3g}× as large): "
                 f"mean error {held.mean_error:+.4f} nats, worst {held.worst_relative_error:.2%}"
             )
         if self.isoflop is not None:
@@ -179,7 +179,9 @@ def load(path: Path) -> Analysis:
     if not file.is_file():
         folder = file.parent
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        raise DataError(f"fit {file} does not exist{nearest_name(file.name, names)}; `chiar scaling fit` makes it")
+        raise DataError(
+            f"fit {file} does not exist{nearest_name(file.name, names)}; `chiar scaling fit` makes it"
+        )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:

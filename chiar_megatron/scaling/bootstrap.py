@@ -1,4 +1,4 @@
-"""How sure a fit is: bootstrap intervals, prediction error on the largest runs, and what is not identified."""
+"""How sure a fit is: bootstrap intervals, prediction error on the largest runs, what is not identified."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from chiar_megatron.errors import DataError
-from chiar_megatron.scaling.fit import EXPONENT_BOUNDS, GAMMA_BOUNDS, HuberProblem, PointFit, fit_point
+from chiar_megatron.scaling.fit import (
+    EXPONENT_BOUNDS,
+    GAMMA_BOUNDS,
+    HuberProblem,
+    PointFit,
+    fit_point,
+    one_thread,
+)
 from chiar_megatron.scaling.law import Array, CentredRuns, Runs, predict_loss
 
 _log = logging.getLogger(__name__)
@@ -51,6 +58,7 @@ class HeldOut:
     """Largest |predicted / observed - 1|."""
 
 
+@one_thread
 def bootstrap(
     runs: Runs, fit: PointFit, *, resamples: int, delta: float = 1e-3, seed: int = 0, level: float = 0.95
 ) -> Draws:
@@ -126,9 +134,7 @@ def warnings(runs: Runs, fit: PointFit, draws: Draws | None) -> list[str]:
     else:
         found += _loose_by_draws(names, draws)
     if fit.starts_agreeing < 0.2:
-        found.append(
-            f"only {fit.starts_agreeing:.0%} of the starts reached this minimum: others may be near"
-        )
+        found.append(f"only {fit.starts_agreeing:.0%} of the starts reached this minimum: others may be near")
     return found
 
 
@@ -172,7 +178,9 @@ def _at_bounds(runs: Runs, fit: PointFit, draws: Draws | None) -> list[str]:
     return found
 
 
-def _loose_by_curvature(names: tuple[str, ...], fit: PointFit, residuals: Array, jacobian: Array) -> list[str]:
+def _loose_by_curvature(
+    names: tuple[str, ...], fit: PointFit, residuals: Array, jacobian: Array
+) -> list[str]:
     spread = 1.4826 * float(np.median(np.abs(residuals)))
     covariance = spread**2 * np.linalg.pinv(jacobian @ jacobian.T, rcond=1e-12)
     errors = np.sqrt(np.diag(covariance))
@@ -195,5 +203,7 @@ def _loose_by_draws(names: tuple[str, ...], draws: Draws) -> list[str]:
         samples = draws.values[:, names.index(name)]
         low, high = draws.interval(samples)
         if high - low > float(np.median(samples)):
-            found.append(f"{name} is hardly identified: its interval {low:.3g} to {high:.3g} is wider than it is large")
+            found.append(
+                f"{name} is hardly identified: its interval {low:.3g} to {high:.3g} is wider than it is large"
+            )
     return found

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize, nnls
+from threadpoolctl import threadpool_limits
 
 from chiar_megatron.errors import DataError
 from chiar_megatron.scaling.law import ROUTED_PARAMETERS, Array, CentredRuns, Law, Runs, law_of
@@ -36,6 +37,10 @@ class PointFit:
     """Sum of Huber losses."""
     starts_agreeing: float
     """Share of the grid's starts that ended at this minimum (L-BFGS); 1 for variable projection."""
+
+
+# L-BFGS works on matrices of a few numbers: threads that wait for each other cost 30 times the work.
+one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 class HuberProblem:
@@ -98,6 +103,7 @@ class HuberProblem:
         return starts
 
 
+@one_thread
 def fit_point(runs: Runs, delta: float = 1e-3, method: Method = "lbfgs") -> PointFit:
     """The law that minimises the Huber loss. Raises DataError for too few runs."""
     problem = HuberProblem(runs, delta)

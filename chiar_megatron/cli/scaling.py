@@ -21,6 +21,7 @@ def add_scaling_verbs(verbs: Verbs) -> None:
     _add_submit(steps)
     _add_collect(steps)
     _add_fit(steps)
+    _add_predict(steps)
 
 
 def _add_plan(steps: Verbs) -> None:
@@ -62,6 +63,7 @@ def _add_submit(steps: Verbs) -> None:
     submit = steps.add_parser("submit", help="run what a sweep has not finished, one after another")
     submit.add_argument("sweep", metavar="DIR", help="folder of `chiar scaling plan`")
     submit.add_argument("--held-out", action="store_true", help="the held-out runs instead of the others")
+    submit.add_argument("--fit", metavar="FIT", help="print what this fit predicts before a run starts")
     submit.set_defaults(run=_submit)
 
 
@@ -99,6 +101,25 @@ def _add_fit(steps: Verbs) -> None:
     fit.set_defaults(run=_fit)
 
 
+def _add_predict(steps: Verbs) -> None:
+    predict = steps.add_parser(
+        "predict",
+        help="losses, best sizes and the efficiency multiplier of a fit; one JSON line last",
+        description="Two of --n, --d and --flops: a loss. One of --n and --d alone: its limit. --optimum: "
+        "the best N and D for a budget.",
+    )
+    predict.add_argument("fit", metavar="FIT", help="fit.json, or the folder of `chiar scaling fit --output`")
+    predict.add_argument("--n", type=float, metavar="N", help="parameters")
+    predict.add_argument("--d", type=float, metavar="D", help="tokens")
+    predict.add_argument("--flops", type=float, metavar="C", help="training FLOPs")
+    predict.add_argument("--optimum", type=float, metavar="C", help="best N and D for so many FLOPs")
+    predict.add_argument("--optimum-seconds", type=float, metavar="S", help="the same for device seconds")
+    predict.add_argument("--rho", type=float, default=1.0, help="share of attention (1: full attention)")
+    predict.add_argument("--multiplier", action="store_true", help="of --rho against full attention")
+    predict.add_argument("--json", action="store_true", help="print the JSON line only")
+    predict.set_defaults(run=_predict)
+
+
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -109,14 +130,13 @@ def _numbers(text: str) -> list[float]:
 
 def _plan(parsed: argparse.Namespace) -> int:
     from chiar_megatron.config.load import load_config
-    from chiar_megatron.config.validate import check_config, check_paths
+    from chiar_megatron.config.validate import check_paths
     from chiar_megatron.scaling.ladder import parse_size, parse_variant
     from chiar_megatron.scaling.manifest import write_sweep
     from chiar_megatron.scaling.plan import PlanRequest, plan_lines, plan_sweep
 
     base = load_config(parsed.recipe, parsed.overrides)
-    check_config(base)
-    check_paths(base)
+    check_paths(base)  # what spans fields is checked in each run's recipe
     request = PlanRequest(
         base=base,
         folder=Path(parsed.output),
@@ -143,7 +163,16 @@ def _submit(parsed: argparse.Namespace) -> int:
     from chiar_megatron.scaling.submit import Local, submit
 
     sweep = read_sweep(Path(parsed.sweep))
-    return submit(sweep, Local(), lambda line: print(line, flush=True), held_out=parsed.held_out)
+    analysis = None
+    if parsed.fit is not None:
+        from chiar_megatron.scaling.analysis import load
+
+        analysis = load(Path(parsed.fit))
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    return submit(sweep, Local(analysis), say, held_out=parsed.held_out)
 
 
 def _collect(parsed: argparse.Namespace) -> int:
@@ -176,10 +205,37 @@ def _fit(parsed: argparse.Namespace) -> int:
     analysis = analyse(runs, parsed.table, settings)
     written = []
     if parsed.output is not None:
+        from chiar_megatron.scaling.plot import draw_fit
+        from chiar_megatron.scaling.report import write_report
+
         folder = Path(parsed.output)
         save(analysis, folder / "fit.json")
-        written = [folder / "fit.json"]
+        figures = draw_fit(analysis, folder)
+        pictures = [path for path in figures if path.suffix == ".png"]
+        write_report(analysis, pictures, folder / "report.html", notes)
+        written = [folder / "fit.json", *figures, folder / "report.html"]
     if not parsed.json:
         print("\n".join([*notes, *analysis.lines(), *(f"written: {path}" for path in written)]))
     print(json.dumps(analysis.summary()), flush=True)
+    return EXIT_DONE
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.scaling.analysis import load
+    from chiar_megatron.scaling.predict import Question, answer
+
+    analysis = load(Path(parsed.fit))
+    question = Question(
+        n=parsed.n,
+        d=parsed.d,
+        flops=parsed.flops,
+        optimum=parsed.optimum,
+        optimum_seconds=parsed.optimum_seconds,
+        rho=parsed.rho,
+        multiplier=parsed.multiplier,
+    )
+    lines, figures = answer(analysis, question)
+    if not parsed.json:
+        print("\n".join(lines))
+    print(json.dumps(figures), flush=True)
     return EXIT_DONE

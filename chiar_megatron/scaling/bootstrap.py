@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,6 @@ from chiar_megatron.scaling.fit import (
     one_thread,
 )
 from chiar_megatron.scaling.law import Array, CentredRuns, Runs, predict_loss
-
-_log = logging.getLogger(__name__)
 
 _ASIDE = (0.6, 1.5)  # factors on both exponents of a resample's alternative starts
 _STEEP = 1000.0  # condition number of the parameters' correlations from which two directions are one
@@ -58,7 +55,6 @@ class HeldOut:
     """Largest |predicted / observed - 1|."""
 
 
-@one_thread
 def bootstrap(
     runs: Runs, fit: PointFit, *, resamples: int, delta: float = 1e-3, seed: int = 0, level: float = 0.95
 ) -> Draws:
@@ -77,10 +73,11 @@ def bootstrap(
         start[3:5] *= factor
         starts.append(start)
     thetas = np.empty((resamples, problem.centred.parameters))
-    for place in range(resamples):
-        weights = np.bincount(index[place], minlength=count).astype(np.float64)
-        ends = [problem.descend(start, weights) for start in starts]
-        thetas[place] = min(ends, key=lambda end: end[1])[0]
+    with one_thread():
+        for place in range(resamples):
+            weights = np.bincount(index[place], minlength=count).astype(np.float64)
+            ends = [problem.descend(start, weights) for start in starts]
+            thetas[place] = min(ends, key=lambda end: end[1])[0]
     return Draws(problem.centred.plain(thetas), index, level)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import minimize, nnls
@@ -39,8 +39,10 @@ class PointFit:
     """Share of the grid's starts that ended at this minimum (L-BFGS); 1 for variable projection."""
 
 
-# L-BFGS works on matrices of a few numbers: threads that wait for each other cost 30 times the work.
-one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+def one_thread() -> Any:
+    """A context in which BLAS has one thread: L-BFGS works on matrices of a few numbers, where threads that
+    wait for each other cost 30 times the work."""
+    return threadpool_limits(limits=1, user_api="blas")
 
 
 class HuberProblem:
@@ -103,17 +105,17 @@ class HuberProblem:
         return starts
 
 
-@one_thread
 def fit_point(runs: Runs, delta: float = 1e-3, method: Method = "lbfgs") -> PointFit:
     """The law that minimises the Huber loss. Raises DataError for too few runs."""
     problem = HuberProblem(runs, delta)
-    if method == "varpro":
-        theta = _variable_projection(problem)
-        agreeing = 1.0
-    else:
-        ends = [problem.descend(start) for start in problem.grid()]
-        theta, best = min(ends, key=lambda end: end[1])
-        agreeing = sum(end[1] <= best * (1 + 1e-6) for end in ends) / len(ends)
+    agreeing = 1.0
+    with one_thread():
+        if method == "varpro":
+            theta = _variable_projection(problem)
+        else:
+            ends = [problem.descend(start) for start in problem.grid()]
+            theta, best = min(ends, key=lambda end: end[1])
+            agreeing = sum(end[1] <= best * (1 + 1e-6) for end in ends) / len(ends)
     return PointFit(law_of(problem.centred.plain(theta)), theta, problem.objective(theta), agreeing)
 
 

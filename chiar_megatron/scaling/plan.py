@@ -86,6 +86,8 @@ def plan_sweep(request: PlanRequest) -> Plan:
             configs[run.name] = config
     if not runs:
         raise ConfigError(f"no run is left: {'; '.join(notes[:3])}; raise --budgets or lower --batch-tokens")
+    # Cheap ones first: what is wrong with a recipe shows early, and small budgets are complete early.
+    runs.sort(key=lambda run: run.budget or run.training_flops)
     return Plan(Sweep(request.folder, request.kind, _rules(request), tuple(runs)), configs, tuple(notes))
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from chiar_megatron.errors import DataError
 from chiar_megatron.scaling.analysis import Analysis
-from chiar_megatron.scaling.law import Array, predict_loss
+from chiar_megatron.scaling.law import predict_loss
+from chiar_megatron.scaling.predict import optimum
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -50,16 +52,19 @@ def draw_fit(analysis: Analysis, folder: Path) -> list[Path]:
     return written
 
 
-def _groups(analysis: Analysis) -> list[tuple[str, float, Array]]:
-    """Label, ρ and rows of the runs that share a share of attention, to a tenth."""
+Rows = npt.NDArray[np.intp]
+
+
+def _groups(analysis: Analysis) -> list[tuple[str, float, Rows]]:
+    """Label, ρ and rows of the runs that share a share of attention, to a tenth; full attention first."""
     runs = analysis.runs
     if runs.rho is None:
         return [("", 1.0, np.arange(len(runs)))]
-    tenths = np.round(runs.rho, 1)
-    return [
-        (f"ρ = {runs.rho[tenths == t].mean():.2f}", float(runs.rho[tenths == t].mean()), np.flatnonzero(tenths == t))
-        for t in sorted(np.unique(tenths), reverse=True)
-    ]
+    tenths, groups = np.round(runs.rho, 1), []
+    for tenth in np.unique(tenths)[::-1]:
+        rho = float(runs.rho[tenths == tenth].mean())
+        groups.append((f"ρ = {rho:.2f}", rho, np.flatnonzero(tenths == tenth)))
+    return groups
 
 
 def _draw_curves(analysis: Analysis, axes: Axes) -> None:
@@ -71,14 +76,18 @@ def _draw_curves(analysis: Analysis, axes: Axes) -> None:
     for (label, rho, rows), marker in zip(_groups(analysis), _MARKERS * 3, strict=False):
         place = np.searchsorted(sizes, np.round(np.log(runs.n[rows]), 1))
         axes.scatter(
-            runs.flops[rows], runs.loss[rows], c=colours[place], marker=marker, s=22, zorder=3, label=label or "runs"
+            runs.flops[rows],
+            runs.loss[rows],
+            c=colours[place],
+            marker=marker,
+            s=22,
+            zorder=3,
+            label=label or "runs",
         )
         if len(sizes) <= _MOST_CURVES:
             for number in np.unique(place):
                 _draw_one_size(analysis, axes, rows[place == number], rho, colours[number], marker)
         budgets = np.geomspace(runs.flops.min(), runs.flops.max() * 3, 60)
-        from chiar_megatron.scaling.predict import optimum
-
         axes.plot(
             budgets,
             [optimum(analysis, float(budget), rho=rho).loss.value for budget in budgets],
@@ -91,15 +100,17 @@ def _draw_curves(analysis: Analysis, axes: Axes) -> None:
     axes.legend()
 
 
-def _draw_one_size(
-    analysis: Analysis, axes: Axes, rows: Array, rho: float, colour: Any, marker: str
-) -> None:
+def _draw_one_size(analysis: Analysis, axes: Axes, rows: Rows, rho: float, colour: Any, marker: str) -> None:
     runs = analysis.runs
     n = float(np.exp(np.log(runs.n[rows]).mean()))
     d = np.geomspace(runs.d[rows].min() / 1.5, runs.d[rows].max() * 1.5, 50)
     loss = predict_loss(analysis.law.values(), n, d, rho)
     axes.plot(
-        d * analysis.flops.per_token(n, rho), loss, color=colour, linewidth=1.0, alpha=0.8 if marker == "o" else 0.5
+        d * analysis.flops.per_token(n, rho),
+        loss,
+        color=colour,
+        linewidth=1.0,
+        alpha=0.8 if marker == "o" else 0.5,
     )
 
 
@@ -122,7 +133,9 @@ def _draw_isoflop(analysis: Analysis, axes: Axes) -> None:
         if parabola.rho is not None and runs.rho is not None:
             near &= np.abs(runs.rho - parabola.rho) < 0.1
         label = f"{parabola.flops:.1e} FLOPs" + ("" if parabola.rho is None else f", ρ {parabola.rho:.2f}")
-        axes.scatter(runs.n[near], runs.loss[near], color=colour, marker="o" if twin else "s", s=22, label=label)
+        axes.scatter(
+            runs.n[near], runs.loss[near], color=colour, marker="o" if twin else "s", s=22, label=label
+        )
         n = np.geomspace(min(runs.n[near].min(), parabola.n), max(runs.n[near].max(), parabola.n), 60)
         loss = parabola.loss + parabola.curvature * np.log(n / parabola.n) ** 2
         axes.plot(n, loss, color=colour, linestyle="-" if twin else ":", linewidth=1.2)

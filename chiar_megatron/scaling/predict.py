@@ -176,6 +176,62 @@ def _check(analysis: Analysis, positive: dict[str, float | None], rho: float) ->
         raise ConfigError(f"--rho: {rho}, but the law was fitted without ρ; fit with --rho COLUMN")
 
 
+@dataclass(frozen=True)
+class Question:
+    """What `chiar scaling predict` is asked; None where it is not."""
+
+    n: float | None = None
+    d: float | None = None
+    flops: float | None = None
+    optimum: float | None = None
+    """FLOPs."""
+    optimum_seconds: float | None = None
+    """Device seconds."""
+    rho: float = 1.0
+    multiplier: bool = False
+
+
+def answer(analysis: Analysis, question: Question) -> tuple[list[str], dict[str, Any]]:
+    """Lines for people and figures for JSON. Raises ConfigError where the question or the fit cannot."""
+    q, lines, figures = question, list[str](), dict[str, Any]()
+    level = analysis.settings.level
+    asks_more = q.multiplier or q.optimum is not None or q.optimum_seconds is not None
+    if not asks_more or (q.n, q.d, q.flops) != (None, None, None):
+        prediction = predict_run(analysis, n=q.n, d=q.d, flops=q.flops, rho=q.rho)
+        lines += prediction_lines(prediction, level)
+        figures["loss"] = prediction.loss.value
+        figures["interval"] = prediction.loss.interval
+        figures["run_interval"] = prediction.run_interval
+        figures.update({name: _finite(getattr(prediction, name)) for name in ("n", "d", "flops", "rho")})
+    for name, budget, seconds in (
+        ("optimum", q.optimum, False),
+        ("optimum_seconds", q.optimum_seconds, True),
+    ):
+        if budget is not None:
+            best = optimum(analysis, budget, rho=q.rho, seconds=seconds)
+            lines.append(optimum_line(best))
+            figures[name] = {"budget": budget, "rho": q.rho}
+            figures[name].update({key: getattr(best, key).summary() for key in ("n", "d", "loss")})
+    if q.multiplier:
+        figures["multiplier"] = {"rho": q.rho}
+        for unit, seconds in (("flops", False), ("seconds", True)):
+            if seconds and analysis.seconds is None:
+                lines.append("efficiency multiplier in device time: no time was measured")
+                continue
+            estimate = efficiency_multiplier(analysis, q.rho, seconds=seconds)
+            where = "device time" if seconds else "FLOPs"
+            lines.append(
+                f"efficiency multiplier of rho {q.rho:g} against full attention, in {where}: {estimate}"
+            )
+            figures["multiplier"][unit] = estimate.summary()
+    return lines, figures
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if np.isfinite(value) else None
+
+
 def prediction_lines(prediction: Prediction, level: float) -> Iterator[str]:
     """For people."""
     p = prediction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from chiar_megatron.errors import EXIT_DONE, EXIT_RESUMABLE
+from chiar_megatron.scaling.analysis import Analysis
 from chiar_megatron.scaling.collect import collect_run
 from chiar_megatron.scaling.manifest import PlannedRun, Sweep
+from chiar_megatron.scaling.predict import predict_run
 
 Say = Callable[[str], None]
 
@@ -50,15 +53,23 @@ def submit(sweep: Sweep, backend: Backend, say: Say, *, held_out: bool = False) 
 class Local:
     """One run after another on this machine. A failed run does not stop the others; a stopped one does."""
 
+    def __init__(self, analysis: Analysis | None = None) -> None:
+        """analysis: a fit whose prediction of a run is printed, and kept in `predictions.jsonl`, before it
+        starts."""
+        self.analysis = analysis
+
     def start(self, sweep: Sweep, runs: Sequence[PlannedRun], say: Say) -> int:
         """Returns 0, 75 if a run was stopped (submit again), or the exit code of the last run that failed."""
         code = EXIT_DONE
         for number, run in enumerate(runs, start=1):
             say(f"[{number}/{len(runs)}] {run.name}: {run.parameters:,} parameters, {run.tokens:,} tokens")
+            prediction = self._predict(sweep, run, say)
             outcome = _train(sweep, run)
             row = collect_run(Path(run.run_dir))
             if outcome.exit_code == EXIT_DONE:
-                say(f"    loss {row.loss:.4f} after {outcome.seconds:.0f} s" if row.loss else "    done")
+                beside = f"; predicted {prediction}" if prediction else ""
+                loss = "" if row.loss is None else f", loss {row.loss:.4f}"
+                say(f"    done in {outcome.seconds:.0f} s{loss}{beside}")
             else:
                 log = Path(run.run_dir) / "submit.log"
                 say(f"    exit code {outcome.exit_code}: {row.reason or 'see the log'} ({log})")
@@ -66,6 +77,28 @@ class Local:
             if outcome.exit_code == EXIT_RESUMABLE or outcome.exit_code < 0:
                 return EXIT_RESUMABLE
         return code
+
+    def _predict(self, sweep: Sweep, run: PlannedRun, say: Say) -> str:
+        """What the fit says about a run, printed and written down; empty without a fit."""
+        if self.analysis is None:
+            return ""
+        rho = 1.0 if self.analysis.law.gamma is None else run.attention_share
+        prediction = predict_run(self.analysis, n=run.parameters, d=run.tokens, flops=None, rho=rho)
+        words = str(prediction.loss)
+        if prediction.run_interval is not None:
+            low, high = prediction.run_interval
+            words = f"{prediction.loss.value:.4f}, {self.analysis.settings.level:.0%} {low:.4f} to {high:.4f}"
+        say(f"    predicted before it starts: loss {words}")
+        record = {
+            "run": run.name,
+            "unix_seconds": time.time(),
+            "loss": prediction.loss.value,
+            "interval": prediction.loss.interval,
+            "run_interval": prediction.run_interval,
+        }
+        with (sweep.folder / "predictions.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return words
 
 
 def _train(sweep: Sweep, run: PlannedRun) -> Outcome:

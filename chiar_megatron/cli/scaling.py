@@ -29,7 +29,9 @@ def _add_plan(steps: Verbs) -> None:
         "plan", help="budgets, sizes and schedules into a folder of recipes with their cost"
     )
     plan.add_argument("recipe", help="YAML recipe that every run starts from: text, router, layout")
-    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="fields to overrule")
+    plan.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="fields to overrule, right after the recipe"
+    )
     plan.add_argument("--output", required=True, metavar="DIR", help="the sweep's folder")
     plan.add_argument("--kind", choices=("isoflop", "ratio", "lr"), default="isoflop")
     plan.add_argument("--ladder", required=True, type=_list, metavar="HxL,...", help="hidden size × layers")
@@ -51,6 +53,9 @@ def _add_plan(steps: Verbs) -> None:
     )
     plan.add_argument("--lr", type=float, help="peak learning rate (by the rule)")
     plan.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a step (by the rule)")
+    plan.add_argument(
+        "--mup", type=int, metavar="WIDTH", help="µP with this base width: one learning rate for all widths"
+    )
     plan.add_argument("--min-ratio", type=float, default=0.0, metavar="R", help="leave out runs of fewer D/N")
     plan.add_argument("--held-out", action="store_true", help="for trying a law on: not part of the fit")
     plan.add_argument("--add", action="store_true", help="to the runs already planned in DIR")
@@ -151,6 +156,7 @@ def _plan(parsed: argparse.Namespace) -> int:
         flops_per_second=parsed.flops_per_second,
         held_out=parsed.held_out,
         min_ratio=parsed.min_ratio,
+        mup_base=parsed.mup,
     )
     plan = plan_sweep(request)
     write_sweep(plan.sweep, plan.configs, parsed.add)

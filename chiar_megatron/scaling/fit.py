@@ -115,7 +115,7 @@ def fit_point(runs: Runs, delta: float = 1e-3, method: Method = "lbfgs") -> Poin
         else:
             ends = [problem.descend(start) for start in problem.grid()]
             theta, best = min(ends, key=lambda end: end[1])
-            agreeing = sum(end[1] <= best * (1 + 1e-6) for end in ends) / len(ends)
+            agreeing = sum(end[1] <= best * (1 + 1e-6) + 1e-6 for end in ends) / len(ends)
     return PointFit(law_of(problem.centred.plain(theta)), theta, problem.objective(theta), agreeing)
 
 

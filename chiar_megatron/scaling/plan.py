@@ -53,6 +53,8 @@ class PlanRequest:
     """Of one device, for the estimate of hours."""
     held_out: bool = False
     """Mark the runs: `submit` and `collect` leave them out unless asked."""
+    mup_base: int | None = None
+    """Base width of µP, which also unties the head; None: standard parametrisation."""
     min_ratio: float = 0.0
     """Grid points of fewer tokens a parameter are left out."""
 
@@ -74,7 +76,10 @@ def plan_sweep(request: PlanRequest) -> Plan:
     runs: list[PlannedRun] = []
     notes: list[str] = []
     for size, variant in product(request.sizes, request.variants):
-        rung = _Rung(replace(request.base, model=apply(request.base.model, size, variant)), size, variant)
+        model = apply(request.base.model, size, variant)
+        if request.mup_base is not None:
+            model = replace(model, mup_base_hidden_size=request.mup_base, tie_embeddings=False)
+        rung = _Rung(replace(request.base, model=model), size, variant)
         for point in _points(request, rung):
             run, config = _run(request, rung, point)
             ratio = run.tokens / run.parameters
@@ -200,8 +205,11 @@ def _rules(request: PlanRequest) -> tuple[str, ...]:
     )
     rate = f"{request.lr:g}" if request.lr else "0.3118·C^-0.1250"
     source = "" if request.batch_tokens and request.lr else " (DeepSeek LLM, arXiv:2401.02954)"
+    mup = (
+        "" if request.mup_base is None else f"; µP scales it by {request.mup_base} / hidden size for matrices"
+    )
     return (
-        f"batch: {batch}, in whole sequences; peak learning rate: {rate}{source}",
+        f"batch: {batch}, in whole sequences; peak learning rate: {rate}{mup}{source}",
         f"warmup {_WARMUP_SHARE:.0%} of the steps, then the base recipe's decay to {_FINAL_LR:g} of the peak",
         "C: executed training FLOPs of the ledger; N: parameters with embeddings, and without beside it",
     )

@@ -83,11 +83,11 @@ def _optima(analysis: Analysis) -> Iterator[str]:
         return
     yield "<h2>Efficiency multiplier against the twin</h2>"
     units = [("FLOPs", False)] + ([("device seconds", True)] if analysis.seconds is not None else [])
-    rows = [
+    worth = [
         (f"{shares[-1]:g}", unit, str(efficiency_multiplier(analysis, shares[-1], seconds=seconds)))
         for unit, seconds in units
     ]
-    yield from _table(("ρ", "in", "the twin's budget over CHIAR's, for equal loss"), rows)
+    yield from _table(("ρ", "in", "the twin's budget over CHIAR's, for equal loss"), worth)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

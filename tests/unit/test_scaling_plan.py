@@ -26,7 +26,10 @@ from chiar_megatron.training.loop import resolve
 from tests.unit.tiny_models import sample_text, tiny_tokenizer
 
 BASE = dict(
-    model=dict(schedule="A*2", hidden_size=32, num_attention_heads=2, seq_length=16, norm="pre", router=dict(kind="learned")),
+    model=dict(
+        schedule="A*2", hidden_size=32, num_attention_heads=2, seq_length=16, norm="pre",
+        router=dict(kind="learned"),
+    ),
     training=dict(micro_batch_size=4, eval_steps=2),
 )  # fmt: skip
 GRID = ["--ladder", "32x3,48x4", "--schedules", "twin,chiar:0.5,interleave:2", "--budgets", "1e9,4e9"]
@@ -47,7 +50,8 @@ def base(tmp_path_factory) -> Path:
 
 
 def plan(base: Path, folder: Path, *options: str) -> int:
-    return main(["scaling", "plan", str(base), "--output", str(folder), *options])
+    overrides = ["runtime.threads_per_process=1"]
+    return main(["scaling", "plan", str(base), *overrides, "--output", str(folder), *options])
 
 
 @pytest.mark.parametrize(
@@ -93,22 +97,9 @@ def test_isoflop_recipes_spend_their_budget(base, tmp_path, capsys):
         assert heads == 16 and run.device_hours == pytest.approx(run.training_flops / 1e9 / 3600)
     by_name = {run.variant: run.attention_share for run in sweep.runs if run.size == "48x4"}
     assert by_name == {"twin": 1.0, "chiar:0.5": 0.5, "interleave:2": 0.5}
-    assert plan(base, tmp_path, "--ladder", "64x3", "--budgets", "9e9") == 2  # other runs lie there
-    assert (
-        plan(
-            base,
-            tmp_path,
-            "--ladder",
-            "64x3",
-            "--budgets",
-            "9e9",
-            "--schedules",
-            "twin",
-            "--add",
-            "--held-out",
-        )
-        == 0
-    )
+    more = ["--ladder", "64x3", "--budgets", "9e9", "--schedules", "twin", "--batch-tokens", "64"]
+    assert plan(base, tmp_path, *more) == 2 and "add to it with --add" in capsys.readouterr().err
+    assert plan(base, tmp_path, *more, "--add", "--held-out") == 0
     assert [run.held_out for run in read_sweep(tmp_path).runs] == [False] * 12 + [True]
 
 
@@ -158,11 +149,11 @@ def test_submit_runs_what_is_left_and_collect_tells_every_state(base, tmp_path, 
         "--schedules",
         "twin,chiar:0.5",
         "--budgets",
-        "1e8",
+        "5e8",
         "--batch-tokens",
         "64",
     ]
-    assert plan(base, folder, *options, "runtime.threads_per_process=1") == 0
+    assert plan(base, folder, *options) == 0
     twin, chiar = read_sweep(folder).runs
     assert main(["scaling", "submit", str(folder)]) == 0
     capsys.readouterr()
@@ -175,7 +166,7 @@ def test_submit_runs_what_is_left_and_collect_tells_every_state(base, tmp_path, 
     for row, run in zip(rows, (twin, chiar), strict=True):
         assert int(row["tokens"]) == run.tokens and int(row["parameters"]) == run.parameters
         assert row["loss_kind"] == "validation" and float(row["device_seconds"]) > 0
-        assert float(row["loss"]) == read_metrics(Path(run.run_dir))[-1]["validation"]["validation"]
+        assert [float(row["loss"])] == list(read_metrics(Path(run.run_dir))[-1]["validation"].values())
     assert float(rows[1]["attention_share"]) == pytest.approx((0 + fraction + 1) / 3)
     useful = flops_per_sequence(model, 16, fraction).total("training").useful / 16 * chiar.tokens
     assert float(rows[1]["useful_flops"]) == pytest.approx(useful, rel=1e-6)

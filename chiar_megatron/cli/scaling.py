@@ -91,6 +91,7 @@ def _add_fit(steps: Verbs) -> None:
         "--rho", metavar="COLUMN", help="share of attention, for the law of routed models (attention_share)"
     )
     fit.add_argument("--no-rho", action="store_true", help="leave the share of attention out of the law")
+    fit.add_argument("--rho-on", choices=("n", "d", "both"), help="what ρ acts on (what fits best)")
     fit.add_argument("--seconds", metavar="COLUMN", help="device seconds of training (device_seconds)")
     fit.add_argument(
         "--where", action="append", default=[], metavar="COLUMN=VALUE", help="rows to use; may be repeated"
@@ -205,7 +206,9 @@ def _fit(parsed: argparse.Namespace) -> int:
         where=tuple(parsed.where),
         drop_highest_loss=parsed.drop_highest_loss,
     )
-    settings = FitSettings(parsed.method, parsed.delta, parsed.bootstrap, parsed.seed, parsed.level)
+    settings = FitSettings(
+        parsed.method, parsed.delta, parsed.bootstrap, parsed.seed, parsed.rho_on, parsed.level
+    )
     settings.check()
     runs, notes = read_runs(request)
     analysis = analyse(runs, parsed.table, settings)

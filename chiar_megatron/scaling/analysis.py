@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from chiar_megatron.config.fields import nearest_name
 from chiar_megatron.errors import ConfigError, DataError
 from chiar_megatron.scaling.bootstrap import Draws, HeldOut, bootstrap, held_out_error, warnings
 from chiar_megatron.scaling.cost import CostModel, fit_cost
-from chiar_megatron.scaling.fit import Method, fit_point
+from chiar_megatron.scaling.fit import Method, PointFit, fit_point
 from chiar_megatron.scaling.isoflop import IsoFlop, fit_isoflop
-from chiar_megatron.scaling.law import Array, CentredRuns, Law, Runs, law_of, predict_loss
+from chiar_megatron.scaling.law import RHO_ON, Array, CentredRuns, Law, RhoOn, Runs, law_of, predict_loss
 
 FORMAT = 1
 
@@ -35,6 +35,8 @@ class FitSettings:
     """Of the bootstrap; 0 for no intervals."""
     seed: int = 0
     """Of the resamples."""
+    rho_on: RhoOn | None = None
+    """What ρ acts on; None: what fits best."""
     level: float = 0.95
     """Of intervals."""
 
@@ -81,6 +83,7 @@ class Analysis:
     def summary(self) -> dict[str, Any]:
         """The figures of the JSON line."""
         figures: dict[str, Any] = dict(zip(self.law.names, self.law.values().tolist(), strict=True))
+        figures["rho_on"] = None if self.law.gamma is None else self.runs.rho_on
         figures["runs"] = len(self.runs)
         figures["objective"] = self.objective
         if self.draws is not None:
@@ -96,7 +99,8 @@ class Analysis:
         """The same for people."""
         form = "E + A/N^alpha + B/D^beta"
         if self.law.gamma is not None:
-            form = "E + A/(N·exp(gamma(rho-1)))^alpha + B/D^beta"
+            what = {"n": "N", "d": "D", "both": "N and D"}[self.runs.rho_on]
+            form += f", {what} times exp(gamma(rho-1))"
         yield f"{self.source}: {len(self.runs)} runs; loss = {form}"
         intervals = self.intervals()
         for name, value in zip(self.law.names, self.law.values(), strict=True):
@@ -124,7 +128,7 @@ class Analysis:
 
 def analyse(runs: Runs, source: str, settings: FitSettings) -> Analysis:
     """Fit, bootstrap and judge. Raises DataError for too few runs."""
-    fit = fit_point(runs, settings.delta, settings.method)
+    runs, fit = _fit_best_form(runs, settings)
     draws = None
     if settings.resamples > 0:
         draws = bootstrap(
@@ -153,13 +157,22 @@ def analyse(runs: Runs, source: str, settings: FitSettings) -> Analysis:
     )
 
 
+def _fit_best_form(runs: Runs, settings: FitSettings) -> tuple[Runs, PointFit]:
+    """With ρ: on N, on D or on both, whichever fits best, if the settings do not say."""
+    forms: Sequence[RhoOn] = RHO_ON if settings.rho_on is None else (settings.rho_on,)
+    tried = [replace(runs, rho_on=form) for form in (forms if runs.rho is not None else RHO_ON[:1])]
+    fits = [(form, fit_point(form, settings.delta, settings.method)) for form in tried]
+    return min(fits, key=lambda pair: pair[1].objective)
+
+
 def save(analysis: Analysis, path: Path) -> None:
     """Write all that `predict` needs. Raises DataError if it cannot."""
     record = {
         "format": FORMAT,
         "settings": asdict(analysis.settings),
         "source": analysis.source,
-        "runs": {name: value.tolist() for name, value in vars(analysis.runs).items() if value is not None},
+        "runs": {name: value.tolist() for name, value in analysis.runs.columns().items()},
+        "rho_on": analysis.runs.rho_on,
         "names": analysis.law.names,
         "values": analysis.law.values().tolist(),
         "summary": analysis.summary(),
@@ -186,7 +199,8 @@ def load(path: Path) -> Analysis:
         record = json.loads(file.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise DataError(f"fit {file} has format {record['format']}, not {FORMAT}; fit again")
-        runs = Runs(**{name: np.array(value, dtype=np.float64) for name, value in record["runs"].items()})
+        columns = {name: np.array(value, dtype=np.float64) for name, value in record["runs"].items()}
+        runs = Runs(**columns, rho_on=record["rho_on"])
         settings = FitSettings(**record["settings"])
         law = law_of(np.array(record["values"]))
         draws = None
@@ -197,7 +211,7 @@ def load(path: Path) -> Analysis:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is not a fit of `chiar scaling fit` ({error}); fit again") from error
     index = None if draws is None else draws.index
-    predicted = predict_loss(law.values(), runs.n, runs.d, 1.0 if runs.rho is None else runs.rho)
+    predicted = predict_loss(law.values(), runs.n, runs.d, 1.0 if runs.rho is None else runs.rho, runs.rho_on)
     return Analysis(
         settings=settings,
         source=record["source"],

@@ -44,7 +44,7 @@ class HeldOut:
     """How a law fitted without the largest runs predicts them."""
 
     runs: int
-    """Held out: those of at least half the largest FLOPs; a twentieth to a quarter of all."""
+    """Held out: those of at least half the largest FLOPs; a twentieth to two fifths of all."""
     extrapolation: float
     """Largest FLOPs held out over largest FLOPs fitted."""
     mean_error: float
@@ -86,7 +86,7 @@ def held_out_error(runs: Runs, delta: float = 1e-3) -> HeldOut | None:
     if runs.flops is None:
         return None
     largest = runs.flops >= 0.5 * runs.flops.max()
-    count = int(np.clip(largest.sum(), 0.05 * len(runs), max(1.0, 0.25 * len(runs))))
+    count = int(np.clip(largest.sum(), 0.05 * len(runs), max(1.0, 0.4 * len(runs))))
     largest = np.zeros(len(runs), dtype=bool)
     largest[np.argsort(runs.flops, kind="stable")[-max(1, count) :]] = True
     kept, held = runs.take(~largest), runs.take(largest)
@@ -95,7 +95,7 @@ def held_out_error(runs: Runs, delta: float = 1e-3) -> HeldOut | None:
         law = fit_point(kept, delta).law
     except DataError:
         return None
-    predicted = predict_loss(law.values(), held.n, held.d, 1.0 if held.rho is None else held.rho)
+    predicted = predict_loss(law.values(), held.n, held.d, 1.0 if held.rho is None else held.rho, held.rho_on)
     error = predicted - held.loss
     return HeldOut(
         len(held),
@@ -166,7 +166,9 @@ def _at_bounds(runs: Runs, fit: PointFit, draws: Draws | None) -> list[str]:
         limits.append(("gamma", 5, *GAMMA_BOUNDS))
     found = []
     for name, place, least, most in limits:
-        share = float(np.mean((values[:, place] <= least * 1.01) | (values[:, place] >= most * 0.99)))
+        share = float(
+            np.isclose(values[:, place, None], [least, most], rtol=0.01, atol=0.0).any(axis=1).mean()
+        )
         if share > 0.05:
             found.append(f"{name} runs into its bounds {least:g} to {most:g} ({share:.0%}): not identified")
     share = float(np.mean(values[:, 0] < 0.02 * runs.loss.min()))

@@ -157,8 +157,8 @@ def _simplex(centre: Array) -> Array:
 
 def _project(centred: CentredRuns, trial: Array, observed: Array, weights: Array) -> tuple[Array, float]:
     """The best E, A and B (about the means) for the exponents, and the weighted squares that remain."""
-    effective = centred.n if centred.rho is None else centred.n + trial[2] * centred.rho
+    effective_n, effective_d = centred.effective(0.0 if centred.rho is None else float(trial[2]))
     root = np.sqrt(weights)
-    terms = [np.ones_like(observed), np.exp(-trial[0] * effective), np.exp(-trial[1] * centred.d)]
+    terms = [np.ones_like(observed), np.exp(-trial[0] * effective_n), np.exp(-trial[1] * effective_d)]
     solution, norm = nnls(np.stack(terms, axis=1) * root[:, None], observed * root)
     return solution, float(norm) ** 2

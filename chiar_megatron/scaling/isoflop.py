@@ -55,8 +55,9 @@ class IsoFlop:
         """For people."""
         for p in self.parabolas:
             rho = "" if p.rho is None else f", rho {p.rho:.2f}"
-            note = "" if p.inside else " (outside the sizes trained: extrapolated)"
-            yield f"  isoFLOP {p.flops:.3g}{rho}: best N {p.n:.4g}, D {p.d:.4g}, loss {p.loss:.4f}{note}"
+            best = f"best N {p.n:.4g}, D {p.d:.4g}, loss {p.loss:.4f}"
+            found = best if p.inside else "no minimum between the sizes trained"
+            yield f"  isoFLOP {p.flops:.3g}{rho}: {found}"
         if self.n_exponent is not None:
             yield f"  isoFLOP minima: N = {self.n_coefficient:.4g}·C^{self.n_exponent:.3f}"
 

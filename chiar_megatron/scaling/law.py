@@ -1,12 +1,13 @@
-"""The laws that are fitted: `E + A/N^α + B/D^β`, and the same with an effective N for routed models.
+"""The laws that are fitted: `E + A/N^α + B/D^β`, and the same with an effective N or D for routed models.
 
-Routed models: `E + A/(N·exp(γ(ρ - 1)))^α + B/D^β`, where ρ is the share of attention: of all pairs of a
-token and a layer, those that go through full attention (D layers 0, A layers 1, R layers the measured
-routed fraction, averaged over layers). The twin has ρ = 1 and keeps its law; γ > 0 says that a model with
-less attention is worth a smaller one. One number more than the twin's law, so that it is identified as
-soon as two values of ρ have been trained at more than one size; a γ of each term, or a ρ-dependent
-exponent, is not identified by sweeps of a few dozen runs. It assumes that a share of attention is worth the
-same wherever it sits: runs of different schedules but equal ρ share their curve.
+ρ is the share of attention: of all pairs of a token and a layer, those that go through full attention (D
+layers 0, A layers 1, R layers the measured routed fraction, averaged over layers). A routed model counts as
+one of `N·exp(γ(ρ - 1))` parameters (`rho_on` n), as one trained on `D·exp(γ(ρ - 1))` tokens (d), or both.
+The twin has ρ = 1 and keeps its law; γ > 0 says that less attention is worth less, γ < 0 that it is worth
+more. One number more than the twin's law, so that it is identified as soon as two values of ρ have been
+trained at more than one size; a γ of each term, or an exponent that depends on ρ, is not identified by
+sweeps of a few dozen runs. What ρ acts on is chosen by the better fit. It assumes that a share of attention
+is worth the same wherever it sits: schedules of equal ρ share their curve.
 
 Inside, θ = (ln E, ln A, ln B, α, β[, γ]) with N and D divided by their geometric means over the runs, so
 that scale and exponent are nearly uncorrelated and optimizers converge.
@@ -15,11 +16,16 @@ that scale and exponent are nearly uncorrelated and optimizers converge.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+
+RhoOn = Literal["n", "d", "both"]
+"""Which of N and D a routed model has an effective one of."""
+RHO_ON: tuple[RhoOn, ...] = ("n", "d", "both")
 
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
 ROUTED_PARAMETERS = (*PARAMETERS, "gamma")
@@ -41,14 +47,19 @@ class Runs:
     """Training FLOPs C, where known."""
     seconds: Array | None = None
     """Device seconds of training (GPUs × time), where measured."""
+    rho_on: RhoOn = "n"
+    """What ρ acts on."""
 
     def __len__(self) -> int:
         return len(self.n)
 
     def take(self, index: npt.NDArray[np.generic]) -> Runs:
         """The runs at `index`, integers or booleans."""
-        fields = {name: value[index] for name, value in vars(self).items() if value is not None}
-        return replace(self, **fields)
+        return replace(self, **{name: value[index] for name, value in self.columns().items()})  # type: ignore[arg-type]
+
+    def columns(self) -> dict[str, Array]:
+        """What is known of the runs, by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
 
 @dataclass(frozen=True)
@@ -78,14 +89,18 @@ def law_of(values: Array) -> Law:
     return Law(*(float(value) for value in values))
 
 
-def predict_loss(values: Array, n: Array | float, d: Array | float, rho: Array | float = 1.0) -> Array:
+def predict_loss(
+    values: Array, n: Array | float, d: Array | float, rho: Array | float = 1.0, rho_on: RhoOn = "n"
+) -> Array:
     """Loss in nats. values: `[..., 5 or 6]` in the order of `ROUTED_PARAMETERS`; n, d, rho broadcast with
     its leading shape."""
     E, A, B, alpha, beta = (values[..., i] for i in range(5))
-    effective = np.asarray(n, dtype=np.float64)
+    effective_n, effective_d = (np.asarray(size, dtype=np.float64) for size in (n, d))
     if values.shape[-1] == 6:
-        effective = effective * np.exp(values[..., 5] * (np.asarray(rho) - 1.0))
-    return np.asarray(E + A / effective**alpha + B / np.asarray(d, dtype=np.float64) ** beta)
+        worth = np.exp(values[..., 5] * (np.asarray(rho) - 1.0))
+        effective_n = effective_n * worth if rho_on != "d" else effective_n
+        effective_d = effective_d * worth if rho_on != "n" else effective_d
+    return np.asarray(E + A / effective_n**alpha + B / effective_d**beta)
 
 
 class CentredRuns:
@@ -96,6 +111,7 @@ class CentredRuns:
         self.mean_n, self.mean_d = float(log_n.mean()), float(log_d.mean())
         self.n, self.d, self.loss = log_n - self.mean_n, log_d - self.mean_d, np.log(runs.loss)
         self.rho = None if runs.rho is None else runs.rho - 1.0
+        self.on_n, self.on_d = runs.rho_on != "d", runs.rho_on != "n"
         self.parameters = 5 if self.rho is None else 6
 
     def plain(self, theta: Array) -> Array:
@@ -114,21 +130,28 @@ class CentredRuns:
         theta[..., 2] = np.log(values[..., 2]) - values[..., 4] * self.mean_d
         return theta
 
+    def effective(self, gamma: float) -> tuple[Array, Array]:
+        """Logarithms of effective N and D, centred as N and D are."""
+        if self.rho is None:
+            return self.n, self.d
+        return self.n + self.on_n * gamma * self.rho, self.d + self.on_d * gamma * self.rho
+
     def residuals(self, theta: Array) -> tuple[Array, Array]:
         """`ln predicted - ln observed` `[runs]` and its derivatives by θ `[p, runs]`."""
-        effective = self.n if self.rho is None else self.n + theta[5] * self.rho
+        effective_n, effective_d = self.effective(0.0 if self.rho is None else float(theta[5]))
         terms = np.empty((3, len(self.n)))
         terms[0] = theta[0]
-        terms[1] = theta[1] - theta[3] * effective
-        terms[2] = theta[2] - theta[4] * self.d
+        terms[1] = theta[1] - theta[3] * effective_n
+        terms[2] = theta[2] - theta[4] * effective_d
         top = terms.max(axis=0)
         weights = np.exp(terms - top)
         total = weights.sum(axis=0)
         weights /= total
         jacobian = np.empty((self.parameters, len(self.n)))
         jacobian[:3] = weights
-        jacobian[3] = -weights[1] * effective
-        jacobian[4] = -weights[2] * self.d
+        jacobian[3] = -weights[1] * effective_n
+        jacobian[4] = -weights[2] * effective_d
         if self.rho is not None:
-            jacobian[5] = -weights[1] * theta[3] * self.rho
+            slope = self.on_n * weights[1] * theta[3] + self.on_d * weights[2] * theta[4]
+            jacobian[5] = -slope * self.rho
         return top + np.log(total) - self.loss, jacobian

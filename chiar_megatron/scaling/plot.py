@@ -104,7 +104,7 @@ def _draw_one_size(analysis: Analysis, axes: Axes, rows: Rows, rho: float, colou
     runs = analysis.runs
     n = float(np.exp(np.log(runs.n[rows]).mean()))
     d = np.geomspace(runs.d[rows].min() / 1.5, runs.d[rows].max() * 1.5, 50)
-    loss = predict_loss(analysis.law.values(), n, d, rho)
+    loss = predict_loss(analysis.law.values(), n, d, rho, runs.rho_on)
     axes.plot(
         d * analysis.flops.per_token(n, rho),
         loss,
@@ -136,9 +136,11 @@ def _draw_isoflop(analysis: Analysis, axes: Axes) -> None:
         axes.scatter(
             runs.n[near], runs.loss[near], color=colour, marker="o" if twin else "s", s=22, label=label
         )
-        n = np.geomspace(min(runs.n[near].min(), parabola.n), max(runs.n[near].max(), parabola.n), 60)
+        n = np.geomspace(runs.n[near].min(), runs.n[near].max(), 60)
         loss = parabola.loss + parabola.curvature * np.log(n / parabola.n) ** 2
         axes.plot(n, loss, color=colour, linestyle="-" if twin else ":", linewidth=1.2)
+        if not parabola.inside:
+            continue
         axes.plot(parabola.n, parabola.loss, marker="*", color=colour, markersize=11, markeredgecolor="white")
     axes.legend(fontsize=7.5)
 

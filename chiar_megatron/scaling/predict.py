@@ -1,7 +1,8 @@
 """`chiar scaling predict`: losses, compute-optimal sizes, and what CHIAR is worth against the twin.
 
 With a token's cost `k·N^p·exp(q(ρ-1))` the best N for a budget C solves one equation of powers:
-`N^(α+pβ) = α·A_ρ·(C/k_ρ)^β / (p·β·B)`, where `A_ρ = A·exp(αγ(1-ρ))` and `k_ρ = k·exp(q(ρ-1))`. The loss
+`N^(α+pβ) = α·A_ρ·(C/k_ρ)^β / (p·β·B_ρ)`, where `A_ρ = A·exp(αγ(1-ρ))`
+if ρ acts on N (else A), B_ρ likewise, and `k_ρ = k·exp(q(ρ-1))`. The loss
 reached is E plus a power of C whose exponent does not depend on ρ, so the *efficiency multiplier*, the
 twin's budget over CHIAR's for equal loss with each at its own best N, is one number for all budgets.
 Budgets are FLOPs, or device seconds where runs were timed: the same equations with the other cost.
@@ -18,7 +19,7 @@ import numpy as np
 from chiar_megatron.errors import ConfigError
 from chiar_megatron.scaling.analysis import Analysis
 from chiar_megatron.scaling.cost import CostModel
-from chiar_megatron.scaling.law import Array, predict_loss
+from chiar_megatron.scaling.law import Array, RhoOn, predict_loss
 
 Interval = tuple[float, float] | None
 
@@ -87,10 +88,10 @@ def predict_run(
     n, d = n or np.inf, d or np.inf
     if flops is None:
         flops = float(cost.per_token(n, rho)) * d if np.isfinite(n * d) else np.inf
-    value = float(predict_loss(analysis.law.values(), n, d, rho))
+    value = float(predict_loss(analysis.law.values(), n, d, rho, analysis.runs.rho_on))
     if analysis.draws is None:
         return Prediction(n, d, flops, rho, Estimate(value, None), None)
-    samples = predict_loss(analysis.draws.values, n, d, rho)
+    samples = predict_loss(analysis.draws.values, n, d, rho, analysis.runs.rho_on)
     return Prediction(
         n,
         d,
@@ -106,10 +107,10 @@ def optimum(analysis: Analysis, budget: float, *, rho: float = 1.0, seconds: boo
     _check(analysis, {"budget": budget}, rho)
     cost = _cost(analysis, seconds)
     unit = "device seconds" if seconds else "FLOPs"
-    n, d, loss = _best(analysis.law.values(), cost.coefficients, budget, rho)
+    n, d, loss = _best(analysis.law.values(), cost.coefficients, budget, rho, analysis.runs.rho_on)
     if analysis.draws is None:
         return Optimum(budget, unit, rho, *(Estimate(float(value), None) for value in (n, d, loss)))
-    drawn = _best(analysis.draws.values, cost.draws, budget, rho)
+    drawn = _best(analysis.draws.values, cost.draws, budget, rho, analysis.runs.rho_on)
     estimates = [
         Estimate(float(value), analysis.draws.interval(samples))
         for value, samples in zip((n, d, loss), drawn, strict=True)
@@ -124,29 +125,31 @@ def efficiency_multiplier(analysis: Analysis, rho: float, *, seconds: bool = Fal
         raise ConfigError("the multiplier needs a law with ρ: fit twin and CHIAR together, with --rho COLUMN")
     _check(analysis, {}, rho)
     cost = _cost(analysis, seconds)
-    value = float(_multiplier(analysis.law.values(), cost.coefficients, rho))
+    value = float(_multiplier(analysis.law.values(), cost.coefficients, rho, analysis.runs.rho_on))
     if analysis.draws is None:
         return Estimate(value, None)
-    samples = _multiplier(analysis.draws.values, cost.draws, rho)
+    samples = _multiplier(analysis.draws.values, cost.draws, rho, analysis.runs.rho_on)
     return Estimate(value, analysis.draws.interval(samples))
 
 
-def _multiplier(values: Array, cost: Array, rho: float) -> Array:
-    """Less attention saves exp(q(1-ρ)) a token, and costs a factor exp(γ(1-ρ)) of N, so of cost to the p."""
-    return np.asarray(np.exp((1.0 - rho) * (cost[..., 2] - cost[..., 1] * values[..., 5])))
+def _multiplier(values: Array, cost: Array, rho: float, rho_on: RhoOn) -> Array:
+    """Less attention saves exp(q(1-ρ)) a token; it costs exp(γ(1-ρ)) of N, so of cost to the p, or of D."""
+    worth = values[..., 5] * ((rho_on != "d") * cost[..., 1] + (rho_on != "n"))
+    return np.asarray(np.exp((1.0 - rho) * (cost[..., 2] - worth)))
 
 
-def _best(values: Array, cost: Array, budget: float, rho: float) -> tuple[Array, Array, Array]:
+def _best(values: Array, cost: Array, budget: float, rho: float, rho_on: RhoOn) -> tuple[Array, Array, Array]:
     """N, D and loss at the optimum; values `[..., 5 or 6]`, cost `[..., 3]`."""
     A, B, alpha, beta = (values[..., i] for i in (1, 2, 3, 4))
     gamma = values[..., 5] if values.shape[-1] == 6 else 0.0
     k, p, q = (cost[..., i] for i in range(3))
     k_rho = k + q * (rho - 1.0)
-    log_a = np.log(A) + alpha * gamma * (1.0 - rho)
-    log_ratio = np.log(alpha) + log_a - np.log(p * beta * B) + beta * (np.log(budget) - k_rho)
+    log_b = np.log(B) + (rho_on != "n") * beta * gamma * (1.0 - rho)
+    log_a = np.log(A) + (rho_on != "d") * alpha * gamma * (1.0 - rho)
+    log_ratio = np.log(alpha) + log_a - np.log(p * beta) - log_b + beta * (np.log(budget) - k_rho)
     n = np.exp(log_ratio / (alpha + p * beta))
     d = np.exp(np.log(budget) - k_rho - p * np.log(n))
-    return n, d, predict_loss(values, n, d, rho)
+    return n, d, predict_loss(values, n, d, rho, rho_on)
 
 
 def _scatter(analysis: Analysis, count: int) -> Array:

@@ -39,7 +39,8 @@ def _body(analysis: Analysis, figures: Sequence[Path], notes: Sequence[str]) -> 
     settings = analysis.settings
     form = "E + A/N<sup>α</sup> + B/D<sup>β</sup>"
     if analysis.law.gamma is not None:
-        form = "E + A/(N·e<sup>γ(ρ-1)</sup>)<sup>α</sup> + B/D<sup>β</sup>"
+        what = {"n": "N", "d": "D", "both": "N and D"}[analysis.runs.rho_on]
+        form += f" with {what} times e<sup>γ(ρ-1)</sup>"
     yield f"<p>loss = {form}, nats a token; {len(analysis.runs)} runs. Huber loss of ln loss, δ = "
     yield f"{settings.delta:g}, by {settings.method}; {settings.resamples} resamples, "
     yield f"intervals {settings.level:.0%}. chiar-megatron {__version__}.</p>"

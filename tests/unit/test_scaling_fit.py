@@ -72,15 +72,19 @@ def test_intervals_cover_the_truth():
     assert (ends[3:5, 1] - ends[3:5, 0] < 0.3).all()  # an interval over everything would cover, too
 
 
-def test_optimum_and_multiplier_are_those_of_a_search(tmp_path):
-    analysis = analyse(law_runs(gamma=0.3), "runs.csv", FitSettings(resamples=20))
+@pytest.mark.parametrize("rho_on", ["n", "d", "both"])
+def test_optimum_and_multiplier_are_those_of_a_search(tmp_path, rho_on):
+    analysis = analyse(law_runs(gamma=0.3, rho_on=rho_on), "runs.csv", FitSettings(resamples=20))
+    assert analysis.runs.rho_on == rho_on and analysis.law.gamma == pytest.approx(
+        0.3, rel=1e-3
+    )  # found by itself
     save(analysis, tmp_path / "fit.json")
     again = load(tmp_path)
     assert json.dumps(again.summary()) == json.dumps(analysis.summary())
 
     def best(budget: float, rho: float) -> tuple[float, float]:
         cost = 6.0 if rho == 1.0 else 4.8
-        loss = lambda x: plain_loss(np.exp(x), budget / cost / np.exp(x), rho, 0.3)  # noqa: E731
+        loss = lambda x: plain_loss(np.exp(x), budget / cost / np.exp(x), rho, 0.3, rho_on)  # noqa: E731
         found = minimize_scalar(loss, bracket=(15, 22), options={"xtol": 1e-10})
         return float(np.exp(found.x)), float(found.fun)
 

@@ -227,6 +227,9 @@ def answer(analysis: Analysis, question: Question) -> tuple[list[str], dict[str,
                 f"efficiency multiplier of rho {q.rho:g} against full attention, in {where}: {estimate}"
             )
             figures["multiplier"][unit] = estimate.summary()
+    # A law that is not identified extrapolates anyhow: the reader has to know.
+    lines += [f"warning: {warning}" for warning in analysis.warnings]
+    figures["warnings"] = list(analysis.warnings)
     return lines, figures
 
 

@@ -55,7 +55,7 @@ class Runs:
 
     def take(self, index: npt.NDArray[np.generic]) -> Runs:
         """The runs at `index`, integers or booleans."""
-        return replace(self, **{name: value[index] for name, value in self.columns().items()})  # type: ignore[arg-type]
+        return replace(self, **{name: value[index] for name, value in self.columns().items()})
 
     def columns(self) -> dict[str, Array]:
         """What is known of the runs, by field."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from chiar_megatron.cli.machine import add_machine_verbs
 from chiar_megatron.cli.models import add_model_verbs
 from chiar_megatron.cli.planning import add_planning_verbs
+from chiar_megatron.cli.scaling import add_scaling_verbs
 from chiar_megatron.cli.text import add_text_verbs
 from chiar_megatron.cli.training import add_training_verbs
 from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, ChiarError
@@ -49,4 +50,5 @@ def build_parser() -> argparse.ArgumentParser:
     add_text_verbs(verbs)
     add_model_verbs(verbs)
     add_machine_verbs(verbs)
+    add_scaling_verbs(verbs)
     return parser

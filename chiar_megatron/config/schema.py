@@ -166,6 +166,9 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights; biases start at 0, norms and filters at 1."""
 
+    mup_base_hidden_size: Optional[int] = None
+    """Base width of µP (`model/initialize.py`): one rate for all widths, untied head. null: no µP."""
+
     rbf_features: int = 64
     """R, the random features of RBF mixing."""
 

@@ -31,7 +31,7 @@ LIMITS = (
         lambda value: value >= 1,
         (
             "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.kv_channels",
-            "model.ffn_hidden_size", "model.seq_length", "model.rbf_features",
+            "model.ffn_hidden_size", "model.seq_length", "model.mup_base_hidden_size", "model.rbf_features",
             "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
             "parallel.virtual_pipeline_model_parallel_size",
             "parallel.context_parallel_size", "parallel.data_parallel_size",
@@ -149,6 +149,11 @@ def _check_model(config: RunConfig, problems: list[str]) -> None:
         problems.append(
             f"model.router.target: {model.router.target} needs a router with a threshold, which "
             f"{model.router.kind} has not; use target: none, or another model.router.kind"
+        )
+    if (model.mup_base_hidden_size or 0) >= 1 and model.tie_embeddings:
+        problems.append(
+            f"model.mup_base_hidden_size: {model.mup_base_hidden_size} needs a head whose scale is its own; "
+            "set model.tie_embeddings to false"
         )
     vocab, eod = model.vocab_size, config.data.eod_token
     if vocab is not None and eod is not None and eod >= vocab:

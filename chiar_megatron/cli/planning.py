@@ -32,6 +32,10 @@ def add_planning_verbs(verbs: Verbs) -> None:
     )
     plan.add_argument("--link-gb-s", type=_positive, metavar="X", help="bandwidth of a GPU within a node")
     plan.add_argument("--network-gb-s", type=_positive, metavar="X", help="bandwidth of a GPU between nodes")
+    plan.add_argument(
+        "--traces", type=Path, metavar="RUN", help="simulate the balance from a run's routing traces"
+    )
+    plan.add_argument("--ranks", type=_counts, metavar="N,N", help="of the simulation (8,64,512,4096)")
     plan.add_argument("--json", action="store_true", help="print one JSON line only")
     plan.set_defaults(run=_plan)
 
@@ -65,9 +69,14 @@ def _plan(parsed: argparse.Namespace) -> int:
         memory_gib=parsed.gpu_memory_gib,
         **{name: value for name, value in given.items() if value is not None},
     )
-    plan = Plan(config, replicas, cluster, listed=parsed.gpus is not None)
+    simulated = {} if parsed.ranks is None else {"ranks": parsed.ranks}
+    plan = Plan(config, replicas, cluster, parsed.gpus is not None, parsed.traces, **simulated)
     print("\n".join([plan.json_line()] if parsed.json else plan.lines()), flush=True)
     return EXIT_DONE
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(count(part) for part in text.split(","))
 
 
 def _positive(text: str) -> float:

@@ -30,21 +30,16 @@ micro-batch had the mean number of light tokens and no row were unused.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chiar_megatron.config.load import load_config
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.errors import ChiarError
-from chiar_megatron.metrics.traces import StepTraces, read_traces
+from chiar_megatron.metrics.traces import StepTraces
 from chiar_megatron.model.accounting import flops_per_sequence
 from chiar_megatron.planning.pipeline_time import step_time
 from chiar_megatron.planning.traced_light import Pool, pools
@@ -366,21 +361,3 @@ def _check(config: RunConfig, traces: Sequence[StepTraces], routed: Sequence[int
             f"model.router.kind: {config.model.router.kind} computes every operator for every token: there "
             "is no balance to simulate"
         )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m chiar_megatron.planning.balance RUN_FOLDER`: until `chiar plan` has it."""
-    parser = argparse.ArgumentParser(prog="chiar_megatron.planning.balance")
-    parser.add_argument("run", type=Path, help="run folder with routing_traces")
-    parser.add_argument("--ranks", default=",".join(map(str, RANKS)))
-    parser.add_argument("--json", action="store_true")
-    parsed = parser.parse_args(arguments)
-    config = load_config(parsed.run / "config.yaml")
-    found = simulate(config, read_traces(parsed.run), [int(number) for number in parsed.ranks.split(",")])
-    text = json.dumps(found.as_dict()) if parsed.json else "\n".join(found.lines())
-    sys.stdout.write(text + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

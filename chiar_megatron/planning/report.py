@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from chiar_megatron.config.pipeline import layout_text
 from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.metrics.traces import read_traces
 from chiar_megatron.model.accounting import (
     flops_per_sequence,
     full_attention_twin,
@@ -17,8 +20,9 @@ from chiar_megatron.model.accounting import (
     savings,
 )
 from chiar_megatron.model.pieces import Flops
-from chiar_megatron.model.pipeline import expected_capacity, expected_fraction, pipeline_cut
+from chiar_megatron.model.pipeline import expected_capacity, expected_fraction, pipeline_cut, pipeline_layout
 from chiar_megatron.planning.activations import ActivationModel
+from chiar_megatron.planning.balance import RANKS, simulate
 from chiar_megatron.planning.candidates import Candidate, candidates, weigh
 from chiar_megatron.planning.memory import GIB, USABLE, StageMemory, stage_memory
 from chiar_megatron.planning.speed import MEASURED_ON, MEASURED_TFLOPS, UNCOMPILED, Cluster, with_layout
@@ -36,6 +40,12 @@ class Plan:
     cluster: Cluster
     listed: bool
     """Whether other layouts of the cluster are asked for."""
+
+    traces: Path | None = None
+    """Run folder with routing traces, from which to simulate the balance."""
+
+    ranks: tuple[int, ...] = RANKS
+    """Numbers of ranks to simulate."""
 
     def lines(self) -> Iterator[str]:
         """For people."""
@@ -198,6 +208,18 @@ def _candidate_fields(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+def _balance(plan: Plan) -> Section:
+    if plan.traces is None:
+        return [], {}
+    layout, parallel = pipeline_layout(plan.config), plan.config.parallel
+    ends = list(accumulate(layout))
+    chunks = [list(range(end - count + 1, end + 1)) for count, end in zip(layout, ends, strict=True)]
+    stages = parallel.pipeline_model_parallel_size
+    held = [[layer for chunk in chunks[stage::stages] for layer in chunk] for stage in range(stages)]
+    found = simulate(plan.config, read_traces(plan.traces), plan.ranks, held)
+    return found.lines(), {"balance": found.as_dict()}
+
+
 SECTIONS: tuple[Callable[[Plan], Section], ...] = (
     _parameters,
     _flops,
@@ -205,4 +227,5 @@ SECTIONS: tuple[Callable[[Plan], Section], ...] = (
     _memory,
     _own_layout,
     _layouts,
+    _balance,
 )

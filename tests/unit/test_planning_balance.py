@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from chiar_megatron.cli import main
 from chiar_megatron.config.load import resolve_config
 from chiar_megatron.config.schema import ModelConfig, ParallelConfig, RouterConfig, RunConfig
 from chiar_megatron.errors import ChiarError
@@ -226,3 +227,20 @@ def test_the_newest_sequences_are_kept_and_a_damaged_file_is_named(tmp_path: Pat
         read_traces(tmp_path)
     TraceWriter(tmp_path, 10, 40).write(50, step)  # a damaged trace does not stop a run
     assert json.dumps(simulate(run_config(), read_traces(tmp_path), (8,)).as_dict())
+
+
+def test_chiar_plan_simulates_a_runs_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TraceWriter(tmp_path, 100, 0).write(10, traced(gaussian(40), 0.0, [0] * 40))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {schedule: 'D R*3 A', hidden_size: 64, vocab_size: 100, seq_length: 512,\n"
+        "  router: {kind: learned, target: 0.5}}\n"
+        "training: {micro_batch_size: 4, global_batch_size: 16}\n"
+        "parallel: {pipeline_model_parallel_size: 2, layout: 'Et*2|t*3L'}\n"
+    )
+    command = ["plan", str(recipe), "--traces", str(tmp_path), "--ranks", "2,8"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["balance"]
+    assert found["stages"] == [[1, 2], [3, 4, 5]] and {e["ranks"] for e in found["estimates"]} == {2, 8}
+    assert main(command) == 0 and "capacity" in capsys.readouterr().out
+    assert main([*command[:2], "--traces", str(tmp_path / "none")]) == 2

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from chiar_megatron.cli.cluster import add_cluster_verbs
 from chiar_megatron.cli.machine import add_machine_verbs
 from chiar_megatron.cli.models import add_model_verbs
 from chiar_megatron.cli.text import add_text_verbs
@@ -41,5 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_training_verbs(verbs)
     add_text_verbs(verbs)
     add_model_verbs(verbs)
+    add_cluster_verbs(verbs)
     add_machine_verbs(verbs)
     return parser

@@ -92,7 +92,7 @@ def _fails_in_place(run_dir: Path, max_tries: int) -> Optional[str]:
     if len(ends) < max_tries or len(steps) > 1 or any(r["reason"] not in FAILURES for r in ends):
         return None
     return (
-        f"{run_dir}: {max_tries} attempts in a row failed after step {steps.pop()}; see the job's output, mend "
+        f"{run_dir}: {max_tries} attempts in a row failed after step {steps.pop()}; see its output, mend "
         f"the cause, and remove {FILE} (or raise max_tries in cluster.yaml) to try again"
     )
 

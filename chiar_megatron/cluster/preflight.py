@@ -46,7 +46,7 @@ def place(config: RunConfig, cluster: ClusterConfig, nodes: int | None) -> Place
             if world % count == 0 and world // count <= most:
                 return Placement(count, world // count)
         raise ConfigError(
-            f"--nodes {nodes}: {world} processes (the recipe's layout) do not spread evenly over them with at "
+            f"--nodes {nodes}: {world} processes (the recipe's layout) do not spread evenly, at "
             f"most {most} each (gpus_per_node); change --nodes or parallel.data_parallel_size"
         )
     count = nodes if nodes is not None else max(1, -(-replica // most))

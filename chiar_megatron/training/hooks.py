@@ -9,7 +9,6 @@ from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.training.signals import StopSignals
 from chiar_megatron.training.step import Requests
 
-
 STOP_FILE = "STOP"  # `touch RUN/STOP` saves and stops the run
 STOP_FILE_SECONDS = 1.0  # between looks: a busy shared file system shall not slow the steps
 

@@ -83,4 +83,3 @@ def test_failures_in_one_place_stop_the_run(tmp_path: Path) -> None:
     assert end_attempt(tmp_path, 1, "", "", 120, 3).action == "stop"
     with pytest.raises(ChiarError, match="3 attempts in a row failed after step 0"):
         begin_attempt(tmp_path, 3, {})
-    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')

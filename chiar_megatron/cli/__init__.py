@@ -24,7 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 2 bad input, 75 stopped early and resumable)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes a list of positional arguments in one piece only: overrides may also follow an option.
+    stray = [text for text in rest if text.startswith("-") or "=" not in text]
+    if stray or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
     try:
         return int(parsed.run(parsed))
     except ChiarError as error:

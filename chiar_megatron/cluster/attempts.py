@@ -82,7 +82,7 @@ def end_attempt(
     problem = _fails_in_place(run_dir, max_tries)
     if problem is not None:
         return Verdict("stop", problem)
-    return Verdict("wait" if reason == "preemption" else again, reason)
+    return Verdict("wait" if reason in ("preemption", "node failure or requeue") else again, reason)
 
 
 def _fails_in_place(run_dir: Path, max_tries: int) -> Optional[str]:
@@ -126,6 +126,8 @@ def _who_signalled(facts: Mapping[str, str], lead: int) -> str:
         return "scancel"
     if state == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "Unknown"):
         return "preemption"
+    if state in ("NODE_FAIL", "PENDING"):  # SLURM has queued it again: a node went, or `scontrol requeue`
+        return "node failure or requeue"
     try:
         left = datetime.fromisoformat(facts["EndTime"]).timestamp() - time.time()
     except (KeyError, ValueError):

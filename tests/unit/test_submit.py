@@ -26,7 +26,7 @@ def test_a_dry_run_prints_a_shell_script_and_writes_nothing(tmp_path: Path) -> N
     (tmp_path / "cluster.yaml").write_text(
         "partition: gpu\ngpus_per_node: 4\nmodules: [cuda]\nenvironment: {NCCL_IB_HCA: mlx5}\n"
     )
-    shown = chiar(tmp_path, "submit", "r.yaml", "training.steps=7", "--dry-run")
+    shown = chiar(tmp_path, "submit", "r.yaml", "--dry-run", "training.steps=7")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("#!/bin/bash\n") and "warning: data.train" in shown.stderr
     for line in ("#SBATCH --partition=gpu", "#SBATCH --gres=gpu:1", "module load cuda"):
@@ -62,6 +62,7 @@ def write_exit(run_dir: Path, reason: str) -> None:
         ("not finite: loss", "", "stop: not finite"),
         ("SIGTERM", "JobState=CANCELLED", "stop: scancel"),
         ("SIGTERM", "JobState=PREEMPTED", "wait: preemption"),
+        ("SIGTERM", "JobState=PENDING", "wait: node failure or requeue"),
         ("SIGUSR1", "JobState=RUNNING Requeue=1 EndTime=2001-01-01T00:00:00", "requeue: time limit"),
         ("SIGUSR1", "JobState=RUNNING Requeue=0 EndTime=2001-01-01T00:00:00", "resubmit: time limit"),
         ("SIGUSR1", "JobState=RUNNING Requeue=1 EndTime=2099-01-01T00:00:00", "requeue: signal"),

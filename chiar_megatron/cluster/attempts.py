@@ -122,17 +122,28 @@ def _reason(
 
 def _who_signalled(facts: Mapping[str, str], lead: int) -> str:
     state = facts.get("JobState", "")
-    if state.startswith("CANCELLED"):
-        return "scancel"
     if state == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "Unknown"):
         return "preemption"
     if state in ("NODE_FAIL", "PENDING"):  # SLURM has queued it again: a node went, or `scontrol requeue`
         return "node failure or requeue"
     try:
-        left = datetime.fromisoformat(facts["EndTime"]).timestamp() - time.time()
+        start, end = (datetime.fromisoformat(facts[name]).timestamp() for name in ("StartTime", "EndTime"))
     except (KeyError, ValueError):
-        return "signal"
-    return "time limit" if state == "TIMEOUT" or left <= lead + LIMIT_MARGIN_SECONDS else "signal"
+        return "scancel" if state in ("CANCELLED", "COMPLETING") else "signal"
+    if state in ("CANCELLED", "COMPLETING", "TIMEOUT"):  # it is ending, and EndTime is when that began
+        limit = _seconds(facts.get("TimeLimit", ""))
+        at_limit = state == "TIMEOUT" or (limit is not None and end - start >= limit)
+        return "time limit" if at_limit and state != "CANCELLED" else "scancel"
+    return "time limit" if end - time.time() <= lead + LIMIT_MARGIN_SECONDS else "signal"
+
+
+def _seconds(limit: str) -> Optional[float]:
+    """Of a time limit as scontrol writes it, `1-02:03:04`; None for UNLIMITED."""
+    matched = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
+    if matched is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in matched.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def _parse(job_facts: str) -> dict[str, str]:

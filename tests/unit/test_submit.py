@@ -15,6 +15,9 @@ from chiar_megatron.errors import ChiarError, ConfigError
 
 RECIPE = "run_dir: run\nmodel: {hidden_size: 32, vocab_size: 97}\ndata: {train: [text], eod_token: 0}\n"
 
+# What scontrol says of a job that scancel or its time limit is ending.
+ENDING = "JobState=COMPLETING StartTime=2026-01-01T00:00:00 TimeLimit=00:10:00 EndTime=2026-01-01T"
+
 
 def chiar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "chiar_megatron.cli", *arguments]
@@ -62,10 +65,24 @@ def write_exit(run_dir: Path, reason: str) -> None:
         ("not finite: loss", "", "stop: not finite"),
         ("SIGTERM", "JobState=CANCELLED", "stop: scancel"),
         ("SIGTERM", "JobState=PREEMPTED", "wait: preemption"),
+        ("SIGTERM", f"{ENDING}00:01:05", "stop: scancel"),
+        ("SIGTERM", f"{ENDING}00:10:03", "requeue: time limit"),
         ("SIGTERM", "JobState=PENDING", "wait: node failure or requeue"),
-        ("SIGUSR1", "JobState=RUNNING Requeue=1 EndTime=2001-01-01T00:00:00", "requeue: time limit"),
-        ("SIGUSR1", "JobState=RUNNING Requeue=0 EndTime=2001-01-01T00:00:00", "resubmit: time limit"),
-        ("SIGUSR1", "JobState=RUNNING Requeue=1 EndTime=2099-01-01T00:00:00", "requeue: signal"),
+        (
+            "SIGUSR1",
+            "JobState=RUNNING Requeue=1 StartTime=2000-12-31T00:00:00 EndTime=2001-01-01T00:00:00",
+            "requeue: time limit",
+        ),
+        (
+            "SIGUSR1",
+            "JobState=RUNNING Requeue=0 StartTime=2000-12-31T00:00:00 EndTime=2001-01-01T00:00:00",
+            "resubmit: time limit",
+        ),
+        (
+            "SIGUSR1",
+            "JobState=RUNNING Requeue=1 StartTime=2000-12-31T00:00:00 EndTime=2099-01-01T00:00:00",
+            "requeue: signal",
+        ),
     ],
 )
 def test_what_follows_an_attempt(tmp_path: Path, said: str, facts: str, verdict: str) -> None:

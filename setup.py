@@ -24,6 +24,11 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Python 3.10 is served by transformers 4.x, later ones by 5.x.
     "huggingface": ["transformers>=4.50,<6", "safetensors>=0.4,<1"],
+    "scaling": [
+        "scipy>=1.11,<2",  # L-BFGS and non-negative least squares of `chiar scaling fit`
+        "threadpoolctl>=3.1,<4",  # those on one thread: on a busy machine 30 times faster
+        "pyarrow>=15,<27",  # tables of runs in Parquet
+    ],
     "wandb": ["wandb>=0.19,<1"],
     "tensorboard": ["tensorboard>=2.15,<3"],
     "dev": [

@@ -16,6 +16,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     _add_attention(_common(questions.add_parser("attention", help="full and routed-query attention")))
     _add_layer(_common(questions.add_parser("layer", help="one A, R and D layer, forward and backward")))
     _add_step(_common(questions.add_parser("step", help="whole training steps, beside a plain GPT")))
+    _add_balance(_common(questions.add_parser("balance", help="ranks with easy and with hard text")))
 
 
 def run_bench(parsed: argparse.Namespace) -> int:
@@ -46,6 +47,10 @@ def _question(name: str) -> Any:
         from chiar_megatron.bench.layer import bench_layer
 
         return bench_layer
+    if name == "balance":
+        from chiar_megatron.bench.balance import bench_balance
+
+        return bench_balance
     from chiar_megatron.bench.step import bench_step
 
     return bench_step
@@ -116,6 +121,26 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--check-compiled", action="store_true", help="check compiled code too (compiles once more a side)"
+    )
+
+
+def _add_balance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=_count, default=4, metavar="N", help="data-parallel (4)")
+    parser.add_argument("--steps", type=_count, default=200, metavar="N", help="of each compared run (200)")
+    parser.add_argument(
+        "--warmup", type=_count, default=150, metavar="N", help="steps before, balanced (150)"
+    )
+    parser.add_argument("--router", default="learned", metavar="KIND", help="(learned)")
+    parser.add_argument("--rho", type=float, default=0.5, metavar="ρ", help="router target (0.5)")
+    parser.add_argument("--seq-length", type=_count, default=1024, metavar="T", help="(1024)")
+    parser.add_argument("--micro-batch-size", type=_count, default=2, metavar="N", help="sequences (2)")
+    parser.add_argument("--hidden-size", type=_count, default=96, metavar="H", help="(96)")
+    parser.add_argument("--schedule", default="D R*3 A", help="layers (D R*3 A)")
+    parser.add_argument(
+        "--ranks", type=_counts, default=(8, 64, 512, 4096), metavar="N,N", help="to simulate (8,64,512,4096)"
+    )
+    parser.add_argument(
+        "--folder", default="runs/bench_balance", metavar="DIR", help="of text and runs (runs/bench_balance)"
     )
 
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from chiar_megatron.cli.cluster import add_cluster_verbs
 from chiar_megatron.cli.machine import add_machine_verbs
 from chiar_megatron.cli.models import add_model_verbs
+from chiar_megatron.cli.planning import add_planning_verbs
+from chiar_megatron.cli.scaling import add_scaling_verbs
 from chiar_megatron.cli.text import add_text_verbs
 from chiar_megatron.cli.training import add_training_verbs
 from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, ChiarError
@@ -25,12 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
-    # argparse takes a list of positional arguments in one piece only: overrides may also follow an option.
-    stray = [text for text in rest if text.startswith("-") or "=" not in text]
-    if stray or (rest and not hasattr(parsed, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
-    if rest:
+    # argparse takes fields to overrule before options only.
+    if rest and hasattr(parsed, "overrides") and all("=" in text and text[0] != "-" for text in rest):
         parsed.overrides = [*parsed.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(parsed.run(parsed))
     except ChiarError as error:
@@ -46,8 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chiar", description="Pretrain CHIAR-Former language models.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add_training_verbs(verbs)
+    add_planning_verbs(verbs)
     add_text_verbs(verbs)
     add_model_verbs(verbs)
     add_cluster_verbs(verbs)
     add_machine_verbs(verbs)
+    add_scaling_verbs(verbs)
     return parser

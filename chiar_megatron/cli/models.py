@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chiar_megatron.cli.common import count, relaunch
+from chiar_megatron.cli.conversion import add_convert
 from chiar_megatron.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def add_model_verbs(verbs: Verbs) -> None:
     """The verbs of this file, with their options."""
     _add_evaluate(verbs)
     _add_generate(verbs)
-    _add_convert(verbs)
+    add_convert(verbs)
     _add_calibrate(verbs)
 
 
@@ -53,23 +53,6 @@ def _add_generate(verbs: Verbs) -> None:
     generate.add_argument("--tokenizer", metavar="PATH", help="default: the one the checkpoint names")
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     generate.set_defaults(run=_generate)
-
-
-def _add_convert(verbs: Verbs) -> None:
-    convert = verbs.add_parser("convert", help="turn a checkpoint into another format, verified, on the CPU")
-    convert.add_argument("--from", dest="source_format", required=True, metavar="F", help="reference")
-    convert.add_argument("--to", dest="target_format", required=True, metavar="G", help="native")
-    convert.add_argument("source", metavar="SRC", help="reference: one of the authors' .pt files")
-    convert.add_argument("destination", metavar="DST", help="folder to make; `load_model(DST)` reads it")
-    convert.add_argument("--num-heads", type=count, metavar="N", help="default: from rope.inv_freq")
-    convert.add_argument("--tau-low", type=float, metavar="X", help="33rd percentile of entropies (0.8935)")
-    convert.add_argument("--tau-high", type=float, metavar="Y", help="67th percentile of entropies (0.8973)")
-    convert.add_argument(
-        "--routing-mode", choices=("threshold", "soft", "hard"), help="default: what the file tells"
-    )
-    convert.add_argument("--tokenizer", metavar="PATH", help="that the model was trained with")
-    convert.add_argument("--no-verify", action="store_true", help="do not compare the result with the source")
-    convert.set_defaults(run=_convert)
 
 
 def _add_calibrate(verbs: Verbs) -> None:
@@ -161,24 +144,6 @@ def _generate(parsed: argparse.Namespace) -> int:
         if len(texts) > 1:
             print(f"--- sample {number} of {len(texts)}")
         print(text)
-    return EXIT_DONE
-
-
-def _convert(parsed: argparse.Namespace) -> int:
-    from chiar_megatron.conversion.convert import ConvertOptions, convert, summary
-    from chiar_megatron.conversion.reference import ReferenceOptions
-    from chiar_megatron.runtime.distributed import shutdown
-    from chiar_megatron.runtime.env import check_versions
-
-    check_versions()
-    reference = ReferenceOptions(parsed.num_heads, parsed.tau_low, parsed.tau_high, parsed.routing_mode)
-    options = ConvertOptions(reference, parsed.tokenizer, verify=not parsed.no_verify)
-    source, destination = Path(parsed.source), Path(parsed.destination)
-    try:
-        report = convert(parsed.source_format, parsed.target_format, source, destination, options)
-    finally:
-        shutdown()
-    print("\n".join([*summary(report), f"written to {destination}"]))
     return EXIT_DONE
 
 

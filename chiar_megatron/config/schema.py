@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+from chiar_megatron.config.schema_files import CheckpointConfig as CheckpointConfig
+from chiar_megatron.config.schema_files import DataConfig as DataConfig
+
 RouterKind = Literal["entropy", "learned", "entropy_gated", "soft", "hard", "random"]
 
 
@@ -79,6 +82,26 @@ class MetaRouterConfig:
 
 
 @dataclass(frozen=True)
+class RotaryScalingConfig:
+    """Rotary positions stretched beyond the length that a model was first trained on."""
+
+    rope_type: Literal["none", "linear", "llama3"] = "none"
+    """none; linear divides every frequency by `factor`; llama3 the low ones only, by Llama 3.1's rule."""
+
+    factor: float = 1.0
+    """By how much."""
+
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original length / this are divided whole."""
+
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original length / this stay; those between are interpolated."""
+
+    original_max_position_embeddings: int = 8192
+    """llama3: the original length, in tokens."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and kinds of the CHIAR-Former (paper, section 3)."""
 
@@ -125,17 +148,26 @@ class ModelConfig:
     add_bias: bool = True
     """Biases in linear layers (paper: yes)."""
 
+    add_qkv_bias: Optional[bool] = None
+    """Biases of queries, keys and values (Qwen2 has no others). null: add_bias."""
+
     tie_embeddings: bool = True
     """Share the token embedding with the output head (paper: yes)."""
 
     rotary_base: float = 10000.0
     """Base of the rotary position embedding."""
 
+    rotary_scaling: RotaryScalingConfig = field(default_factory=RotaryScalingConfig)
+    """Stretching of rotary positions."""
+
     dropout: float = 0.0
     """Dropout probability on embeddings, on the feed-forward layer and on attention probabilities."""
 
     init_std: float = 0.02
     """Standard deviation of initial weights; biases start at 0, norms and filters at 1."""
+
+    mup_base_hidden_size: Optional[int] = None
+    """Base width of µP (`model/initialize.py`): one rate for all widths, untied head. null: no µP."""
 
     rbf_features: int = 64
     """R, the random features of RBF mixing."""
@@ -166,6 +198,15 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages (1F1B)."""
 
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks of layers that each stage holds: above 1 the schedule is interleaved, with a smaller bubble and
+    more transfers; micro-batches of a replica must then come in multiples of the stages."""
+
+    layout: str = "auto"
+    """Where the pipeline is cut. auto: by FLOPs, so that the heaviest stage is as light as whole layers let
+    it be; even: as many layers in every chunk; or megatron-core's own text, chunks in the order of layers, E
+    the embedding, t a layer, L the loss: "Et*8|t*8|t*8|t*4L"."""
+
     context_parallel_size: int = 1
     """Processes that share one sequence (not built yet: must be 1)."""
 
@@ -175,39 +216,13 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """Shard the optimizer's state over replicas (ZeRO-1)."""
 
+    overlap_grad_reduce: bool = False
+    """Sum gradients over replicas bucket by bucket while backward goes on. Steps are then not replayed as a
+    CUDA graph."""
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Tokenised text and its tokenizer."""
-
-    train: tuple[str, ...] = ()
-    """Prefixes of `.bin/.idx` files, each optionally preceded by its weight: `["0.7", "a", "0.3", "b"]`
-    or `["a", "b"]` (by size)."""
-
-    validation: tuple[str, ...] = ()
-    """The same for validation; each component is evaluated apart. Empty: taken from `split`."""
-
-    test: tuple[str, ...] = ()
-    """The same for the test set."""
-
-    split: str = "100,0,0"
-    """Shares of train, validation and test by documents when `validation` or `test` is empty."""
-
-    tokenizer: Optional[str] = None
-    """Path of a SentencePiece `.model`, of a folder with GPT-2's `vocab.json` and `merges.txt`, or of
-    Hugging Face's `tokenizer.json`. null: only `model.vocab_size` and `data.eod_token` are used."""
-
-    eod_token: Optional[int] = None
-    """Id of the end-of-document token. null: the tokenizer's."""
-
-    cache_dir: Optional[str] = None
-    """Folder of the index cache. null: `<run folder>/index_cache`."""
-
-    skip_samples: tuple[str, ...] = ()
-    """Ranges `"first:last"` of sample positions in the training stream to leave out, e.g. after a spike."""
-
-    num_workers: int = 0
-    """Threads that read batches ahead, per rank; 0 reads when asked."""
+    overlap_param_gather: bool = False
+    """Gather the weights that the distributed optimizer has updated layer by layer while forward goes on;
+    needs `distributed_optimizer` and `overlap_grad_reduce`."""
 
 
 @dataclass(frozen=True)
@@ -296,29 +311,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are written and which are kept."""
-
-    save_interval_steps: int = 0
-    """Save every so many steps; 0 only at the end (and on a signal)."""
-
-    save_interval_minutes: float = 0.0
-    """Save also every so many minutes; 0 never."""
-
-    keep_last: int = 3
-    """Newest checkpoints kept; 0 keeps all."""
-
-    keep_every_minutes: float = 0.0
-    """Of the older ones keep one for every so many minutes; 0 keeps none."""
-
-    async_save: bool = False
-    """Write in the background while training goes on."""
-
-    load_step: Optional[int] = None
-    """Go back to the checkpoint of this step instead of the newest; newer ones are set aside."""
-
-
-@dataclass(frozen=True)
 class LoggingConfig:
     """What is reported, and where besides `metrics.jsonl`."""
 
@@ -333,6 +325,9 @@ class LoggingConfig:
 
     wandb_mode: Optional[Literal["online", "offline"]] = None
     """null: online if a key is configured, else offline."""
+
+    routing_traces: int = 0
+    """Newest sequences whose routing `<run folder>/routing_traces` keeps, for `chiar plan`; 0: none."""
 
 
 @dataclass(frozen=True)

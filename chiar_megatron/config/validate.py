@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from chiar_megatron.config.fields import nearest_name, value_at
 from chiar_megatron.config.load import default_ffn_hidden_size, default_wsd_decay_steps, indivisible_heads
+from chiar_megatron.config.pipeline import check_interleaved_batch, check_pipeline
 from chiar_megatron.config.problems import raise_problems, shown
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import OptimizerConfig, RunConfig
@@ -30,8 +31,9 @@ LIMITS = (
         lambda value: value >= 1,
         (
             "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.kv_channels",
-            "model.ffn_hidden_size", "model.seq_length", "model.rbf_features",
+            "model.ffn_hidden_size", "model.seq_length", "model.mup_base_hidden_size", "model.rbf_features",
             "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
+            "parallel.virtual_pipeline_model_parallel_size",
             "parallel.context_parallel_size", "parallel.data_parallel_size",
             "optimizer.decay_steps", "optimizer.wsd_decay_steps",
             "training.steps", "training.global_batch_size", "training.micro_batch_size",
@@ -43,7 +45,10 @@ LIMITS = (
         "above 0",
         lambda value: value > 0,
         (
-            "model.norm_epsilon", "model.rotary_base", "model.init_std", "model.rbf_gamma",
+            "model.norm_epsilon", "model.rotary_base", "model.rotary_scaling.factor",
+            "model.rotary_scaling.low_freq_factor", "model.rotary_scaling.high_freq_factor",
+            "model.rotary_scaling.original_max_position_embeddings",
+            "model.init_std", "model.rbf_gamma",
             "model.router.controller_gain", "optimizer.lr", "optimizer.eps",
             "runtime.start_timeout_seconds", "runtime.collective_timeout_seconds",
         ),
@@ -58,7 +63,7 @@ LIMITS = (
             "training.z_loss", "training.eval_interval_steps", "training.eval_steps",
             "training.exit_after_steps", "training.exit_after_minutes",
             "checkpoint.save_interval_steps", "checkpoint.save_interval_minutes", "checkpoint.keep_last",
-            "checkpoint.keep_every_minutes", "checkpoint.load_step",
+            "checkpoint.keep_every_minutes", "checkpoint.load_step", "logging.routing_traces",
         ),
     ),
     _Limit("between 0 and 1", lambda value: 0 <= value <= 1, ("model.router.random_fraction",)),
@@ -145,6 +150,11 @@ def _check_model(config: RunConfig, problems: list[str]) -> None:
             f"model.router.target: {model.router.target} needs a router with a threshold, which "
             f"{model.router.kind} has not; use target: none, or another model.router.kind"
         )
+    if (model.mup_base_hidden_size or 0) >= 1 and model.tie_embeddings:
+        problems.append(
+            f"model.mup_base_hidden_size: {model.mup_base_hidden_size} needs a head whose scale is its own; "
+            "set model.tie_embeddings to false"
+        )
     vocab, eod = model.vocab_size, config.data.eod_token
     if vocab is not None and eod is not None and eod >= vocab:
         problems.append(
@@ -159,7 +169,7 @@ def _check_model(config: RunConfig, problems: list[str]) -> None:
 
 def _check_layout(config: RunConfig, problems: list[str]) -> None:
     model, parallel = config.model, config.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
     groups = model.num_query_groups
     tensor_field = "parallel.tensor_model_parallel_size"
     _divide(problems, "model.num_attention_heads", model.num_attention_heads, tensor_field, tensor)
@@ -182,8 +192,7 @@ def _check_layout(config: RunConfig, problems: list[str]) -> None:
     except ConfigError as error:
         problems.append(str(error))
         return
-    layers_field = f"model.schedule: {shown(model.schedule)}, number of layers"
-    _divide(problems, layers_field, layers, "parallel.pipeline_model_parallel_size", pipeline)
+    check_pipeline(model, parallel, layers, problems)
 
 
 def _check_batch(config: RunConfig, world_size: int | None, problems: list[str]) -> None:
@@ -213,6 +222,7 @@ def _check_batch(config: RunConfig, world_size: int | None, problems: list[str])
         f"micro_batch_size {training.micro_batch_size} × {replicas} replicas =",
         training.micro_batch_size * replicas,
     )
+    check_interleaved_batch(parallel, training, replicas, problems)
 
 
 def _check_data(config: RunConfig, problems: list[str]) -> None:

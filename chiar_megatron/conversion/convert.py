@@ -4,123 +4,253 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from chiar_megatron.checkpoint.files import file_digest, sync_folder, write_durably
+from tqdm import tqdm
+
+from chiar_megatron.checkpoint.files import file_digest, write_durably
 from chiar_megatron.config.load import to_dict
-from chiar_megatron.conversion.native import SEQ_LENGTH, native_config, schedule_text, write_native
-from chiar_megatron.conversion.reference import ReferenceCheckpoint, ReferenceOptions, read_reference
-from chiar_megatron.conversion.verify import Agreement, verify_native
-from chiar_megatron.errors import CheckpointError, ConfigError
+from chiar_megatron.conversion.canonical import Canonical, cast
+from chiar_megatron.conversion.formats import ConvertOptions, Format
+from chiar_megatron.conversion.journal import Journal, source_fingerprint
+from chiar_megatron.conversion.verify import Agreement, Side, verify
+from chiar_megatron.data.tokenizer import load_tokenizer
+from chiar_megatron.errors import CheckpointError, ChiarError, ConfigError
 from chiar_megatron.runtime.distributed import single_process_world
 
-FORMATS = ("native", "reference", "huggingface", "megatron", "deepspeed")
-BUILT = (("reference", "native"),)
+FORMATS = ("native", "reference", "huggingface", "megatron")
 REPORT = "conversion.json"
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """How to convert."""
-
-    reference: ReferenceOptions = field(default_factory=ReferenceOptions)
-    """What overrules or completes one of the authors' files."""
-
-    tokenizer: str | None = None
-    """Path of the tokenizer the model was trained with, noted in the result."""
-
-    verify: bool = True
-    """Compare the result with the source, and refuse it if they differ."""
+__all__ = ["ConvertOptions", "convert", "inspect", "summary"]
 
 
 def convert(
-    source_format: str, target_format: str, source: Path, destination: Path, options: ConvertOptions
+    source_format: str,
+    target_format: str,
+    source: Path,
+    destination: Path,
+    options: ConvertOptions,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Convert a checkpoint on the CPU; returns the report that also lies in `destination/conversion.json`.
 
-    The destination appears whole, under its final name, or not at all. Raises ConfigError for formats
-    that are not built or options that contradict the source, CheckpointError for a source that is torn or
-    unknown, a destination that exists or cannot be written, and a result that does not agree.
+    The destination appears whole, under its final name, or not at all; what a killed run has finished is
+    taken up by the next. say: told, before work starts, what is assumed or not carried.
+    Raises ConfigError for formats and options that do not fit, CheckpointError for a source that is torn or
+    unknown, what the target cannot carry, a destination that exists or cannot be written, and a result that
+    does not agree.
     """
-    _check_formats(source_format, target_format)
+    reader, writer = _formats(source_format, target_format)
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination} exists already; remove it or give another destination")
-    checkpoint = read_reference(source, options.reference)
-    config = native_config(checkpoint, destination, options.tokenizer)
-    temporary = destination.absolute().parent / f".{destination.name}.converting"
-    world = single_process_world("cpu")
+    if not os.path.lexists(source):
+        raise CheckpointError(_missing(source))
+    single_process_world("cpu")
+    model = _with_tokenizer(cast(reader.read(source, options), options.dtype), options)
+    model = replace(model, notes=(*model.notes, *writer.losses(model, options)))
+    for note in model.notes:
+        say(note)
+    conversion = {
+        "from": source_format,
+        "to": target_format,
+        "options": asdict(options),
+        "source": [str(source.absolute()), source_fingerprint(source)],
+    }
+    journal: Journal | None = None
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
-        temporary.mkdir(parents=True)
-        write_native(checkpoint.native_tensors(), config, temporary, checkpoint.step, world)
-        agreement = verify_native(temporary, checkpoint) if options.verify else None
-        report = {
-            "from": source_format,
-            "to": target_format,
-            "source": {"path": str(source.absolute()), **file_digest(source)},
-            **_describe(checkpoint, agreement),
-            "model": to_dict(config)["model"],
-        }
-        write_durably(temporary / REPORT, json.dumps(report, indent=1) + "\n")
-        temporary.rename(destination)
-        sync_folder(temporary.parent)
+        journal = Journal(destination, conversion)
+        with _progress(model, options) as bar:
+            journal.advance = bar.update
+            writer.write(model, journal, options)
+            if journal.resumed:
+                resumed = f"{journal.resumed} files taken from a conversion that was interrupted"
+                model = replace(model, notes=(*model.notes, resumed))
+            agreement = None
+            if options.verify:
+                target = journal.content
+                target = target / destination.name if journal.is_single_file else target
+                agreement = verify(Side(reader, source), Side(writer, target), model, options, bar.update)
+        report = _report(source_format, target_format, source, model, agreement)
+        journal.commit(lambda folder: _write_report(report, folder, journal))
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except ChiarError:
+        if journal is not None:
+            journal.discard()
+        raise
     return report
 
 
-def summary(report: dict[str, Any]) -> list[str]:
+def inspect(source: Path, options: ConvertOptions, source_format: str | None = None) -> dict[str, Any]:
+    """What a checkpoint is, from its headers: no tensor is loaded.
+
+    Raises CheckpointError for what no format recognises, or what its own finds wrong.
+    """
+    if not os.path.lexists(source):
+        raise CheckpointError(_missing(source))
+    if source_format is not None and source_format not in FORMATS:
+        raise ConfigError(f"--from {source_format} is unknown; use one of {', '.join(FORMATS)}")
+    names = FORMATS if source_format is None else (source_format,)
+    known = [format for format in map(_format, names) if source_format or format.recognises(source)]
+    if not known:
+        raise CheckpointError(f"{source} is of no known format ({', '.join(FORMATS)}); name it by --from")
+    format = known[0]
+    single_process_world("cpu")
+    model = format.read(source, options)
+    return {"format": format.name, "path": str(source), **_describe(model), **format.describe(source)}
+
+
+def summary(report: dict[str, Any], with_notes: bool = True) -> list[str]:
     """The report in lines for the terminal."""
-    sizes = report["sizes"]
-    lines = [
-        f"{report['kind']}, layers {report['schedule']}, hidden {sizes['hidden']}, {sizes['heads']} heads of "
-        f"{sizes['head_size']}, vocabulary {sizes['vocab']}, routing {report['routing_mode']}, "
-        f"{report['parameters']:,} parameters, step {report['step']}",
-        *(f"note: {note}" for note in report["notes"]),
-    ]
+    lines = [*_headline(report), *(f"note: {note}" for note in report["notes"] if with_notes)]
     found = report["verification"]
     if found is None:
         return [*lines, "not verified"]
     return [
         *lines,
-        f"verified: logits within {found['logits']:.1g}, entropies within {found['entropy']:.1g}, "
+        f"verified: {found['tensors']} tensors read back equal, logits within {found['logits']:.1g}, "
+        f"entropies within {found['entropy']:.1g}, "
         f"{found['tokens_routed'] - found['tokens_too_near_the_threshold']} of {found['tokens_routed']} "
         "routing decisions compared and equal",
     ]
 
 
-def _check_formats(source_format: str, target_format: str) -> None:
+def inspection(description: dict[str, Any]) -> list[str]:
+    """What `inspect` found, in lines for the terminal."""
+    skipped = ("format", "path", "schedule", "sizes", "router", "parameters", "step", "notes", "model")
+    return [
+        f"{description['path']}: {description['format']}",
+        *_headline(description),
+        *(
+            f"{key}: {value}"
+            for key, value in description.items()
+            if key not in skipped and value is not None
+        ),
+        *(f"note: {note}" for note in description["notes"]),
+    ]
+
+
+def _headline(report: dict[str, Any]) -> list[str]:
+    sizes = report["sizes"]
+    return [
+        f"layers {report['schedule']}, hidden {sizes['hidden']}, {sizes['heads']} heads of "
+        f"{sizes['head_size']}, vocabulary {sizes['vocab']}, router {report['router']}, "
+        f"{report['parameters']:,} parameters, step {report['step']}"
+    ]
+
+
+def _format(name: str) -> Format:
+    """Imported when it is asked for: not everyone has transformers."""
+    if name == "native":
+        from chiar_megatron.conversion.native import Native
+
+        return Native()
+    if name == "reference":
+        from chiar_megatron.conversion.reference_format import Reference
+
+        return Reference()
+    if name == "megatron":
+        from chiar_megatron.conversion.megatron import Megatron
+
+        return Megatron()
+    try:
+        from chiar_megatron.conversion.huggingface_format import HuggingFace
+    except ImportError as error:
+        raise ConfigError(f"huggingface: {error}; install chiar-megatron[huggingface]") from None
+    return HuggingFace()
+
+
+def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:
     for option, name in (("--from", source_format), ("--to", target_format)):
         if name not in FORMATS:
             raise ConfigError(f"{option} {name} is unknown; use one of {', '.join(FORMATS)}")
-    if (source_format, target_format) not in BUILT:
-        built = ", ".join(f"--from {known} --to {target}" for known, target in BUILT)
-        raise ConfigError(f"--from {source_format} --to {target_format} is not built yet; built: {built}")
-
-
-def _describe(checkpoint: ReferenceCheckpoint, agreement: Agreement | None) -> dict[str, Any]:
-    notes = [*checkpoint.notes, f"model.seq_length {SEQ_LENGTH} assumed: the file does not tell it"]
-    if checkpoint.kind == "chiar":
-        notes.append(
-            "meta_router.pooling stays batch, as trained, so that logits agree: it sees future tokens"
+    if source_format == target_format:
+        raise ConfigError(f"--from and --to are both {source_format}: there is nothing to convert")
+    if "native" not in (source_format, target_format):
+        raise ConfigError(
+            f"--from {source_format} --to {target_format}: convert to native first, then from native to "
+            f"{target_format}"
         )
-    routes_by_entropy = checkpoint.routing_mode == "threshold" and "R" in checkpoint.schedule
+    return _format(source_format), _format(target_format)
+
+
+def _missing(path: Path) -> str:
+    from chiar_megatron.config.fields import nearest_name
+
+    names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    return f"{path} does not exist{nearest_name(path.name, names)}"
+
+
+def _with_tokenizer(model: Canonical, options: ConvertOptions) -> Canonical:
+    """The model with the tokenizer asked for, or its own. Raises if the vocabulary is too small for it."""
+    path = model.tokenizer if options.tokenizer is None else Path(options.tokenizer)
+    if path is None:
+        return model
+    tokenizer = load_tokenizer(path)
+    vocab_size = model.config.model.vocab_size or 0
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "give the tokenizer it was trained with by --tokenizer"
+        )
+    data = model.config.data
+    eod = tokenizer.eod if data.eod_token is None else data.eod_token
+    data = replace(data, eod_token=eod, tokenizer=str(path.resolve()))
+    return replace(model, tokenizer=path, config=replace(model.config, data=data))
+
+
+def _progress(model: Canonical, options: ConvertOptions) -> Any:
+    """A bar over the bytes written, and read back; on a terminal only."""
+    rounds = 2 if options.verify else 1
+    return tqdm(
+        total=rounds * model.bytes, unit="B", unit_scale=True, desc="convert", disable=None, leave=False
+    )
+
+
+def _write_report(report: dict[str, Any], folder: Path, journal: Journal) -> None:
+    text = json.dumps(report, indent=1) + "\n"
+    if journal.is_single_file:
+        write_durably(journal.destination.with_name(f"{journal.destination.name}.{REPORT}"), text)
+    else:
+        write_durably(folder / REPORT, text)
+
+
+def _report(
+    source_format: str, target_format: str, source: Path, model: Canonical, agreement: Agreement | None
+) -> dict[str, Any]:
+    files = {"path": str(source.absolute()), **(file_digest(source) if source.is_file() else {})}
     return {
-        "kind": checkpoint.kind,
-        "schedule": schedule_text(checkpoint.schedule),
-        "routing_mode": checkpoint.routing_mode if "R" in checkpoint.schedule else None,
-        "sizes": asdict(checkpoint.sizes),
-        "tied": checkpoint.tied,
-        "tau": checkpoint.tau if routes_by_entropy else None,
-        "threshold": checkpoint.threshold if routes_by_entropy else None,
-        "step": checkpoint.step,
-        "val_ppl": checkpoint.val_ppl,
-        "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
-        "notes": notes,
+        "from": source_format,
+        "to": target_format,
+        "source": files,
+        **_describe(model),
         "verification": None if agreement is None else asdict(agreement),
+        "model": to_dict(model.config)["model"],
+    }
+
+
+def _describe(model: Canonical) -> dict[str, Any]:
+    config = model.config.model
+    return {
+        "schedule": config.schedule,
+        "router": config.router.kind if "R" in config.schedule else None,
+        "sizes": {
+            "vocab": config.vocab_size,
+            "hidden": config.hidden_size,
+            "ffn": config.ffn_hidden_size,
+            "heads": config.num_attention_heads,
+            "head_size": config.kv_channels,
+            "groups": config.num_query_groups,
+        },
+        "tied": config.tie_embeddings,
+        "dtype": ", ".join(model.dtypes),
+        "step": model.step,
+        "tokens_seen": model.tokens_seen,
+        "parameters": model.parameters,
+        "bytes": model.bytes,
+        "tokenizer": None if model.tokenizer is None else str(model.tokenizer),
+        **model.facts,
+        "notes": list(model.notes),
     }

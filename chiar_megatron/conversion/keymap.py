@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from chiar_megatron.config.fields import nearest_name
-
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor: its name and shape in the foreign format, its native name, and the way there."""
+    """One tensor: its name and shape in the foreign format, its native name, and the way there and back."""
 
     source: str
     native: str
     shape: tuple[int, ...]
     convert: Callable[[Tensor], Tensor]
+    invert: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def reference_rules(
     has_router: routed layers hold a soft or hard router's gate. has_head: the output head is not tied.
     """
     vocab, hidden = sizes.vocab, sizes.hidden
-    rules = [Rule("token_emb.weight", "embedding.word_embeddings.weight", (vocab, hidden), _same)]
+    rules = [Rule("token_emb.weight", "embedding.word_embeddings.weight", (vocab, hidden), _same, _same)]
     if kind == "chiar":
         native = "decoder.layers.0.meta_router.gate_proj"
         rules += _linear("meta_router.gate_proj", native, 1, hidden)
@@ -51,7 +50,7 @@ def reference_rules(
             rules += _linear(f"layers.{index}.router.gate_proj", native, 2, hidden + 1)
     rules += _norm("norm", "decoder.final_layernorm", hidden)
     if has_head:
-        rules.append(Rule("lm_head.weight", "output_layer.weight", (vocab, hidden), _same))
+        rules.append(Rule("lm_head.weight", "output_layer.weight", (vocab, hidden), _same, _same))
     return rules
 
 
@@ -67,12 +66,12 @@ def _layer(kind: str, index: int, letter: str, sizes: Sizes) -> list[Rule]:
     if letter in "DR":
         mixing = f"layers.{index}.dct_mix"
         # Their transform is not orthonormal: their mixing is twice ours.
-        rules.append(Rule(f"{mixing}.w", f"{native}.spectral.weight", (hidden,), _double))
+        rules.append(Rule(f"{mixing}.w", f"{native}.spectral.weight", (hidden,), _double, _halve))
         rules += _norm(f"{mixing}.norm", f"{native}.spectral_norm", hidden)
     if letter in "AR":
-        regroup = partial(group_heads, heads=sizes.heads)
+        regroup = (partial(group_heads, heads=sizes.heads), partial(stack_heads, heads=sizes.heads))
         qkv = f"{native}.self_attention.linear_qkv"
-        rules += _linear(f"{attention}.qkv", qkv, 3 * width, hidden, regroup)
+        rules += _linear(f"{attention}.qkv", qkv, 3 * width, hidden, *regroup)
         rules += _linear(f"{attention}.out_proj", f"{native}.self_attention.linear_proj", hidden, width)
         rules += _norm(f"{attention}.norm", f"{native}.input_layernorm", hidden)
     rules += _linear(f"{ffn}.0", f"{native}.mlp.linear_fc1", sizes.ffn, hidden)
@@ -87,41 +86,32 @@ def group_heads(stacked: Tensor, heads: int) -> Tensor:
     return by_head
 
 
-def mismatches(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, surplus or of another shape, a line each with the nearest name; [] if all fits."""
-    wanted = {rule.source: rule.shape for rule in rules}
-    missing = [name for name in wanted if name not in shapes]
-    surplus = [name for name in shapes if name not in wanted]
-    lines = [f"missing {name} {list(wanted[name])}{_nearest(name, surplus, shapes)}" for name in missing]
-    lines += [
-        f"surplus {name} {list(shapes[name])}{_nearest(name, missing or list(wanted), wanted)}"
-        for name in surplus
-    ]
-    lines += [
-        f"{name} has shape {list(shapes[name])}, expected {list(shape)}"
-        for name, shape in wanted.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    return lines
-
-
-def _nearest(name: str, candidates: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    nearest = nearest_name(name, candidates)
-    return f"{nearest} {list(shapes[nearest.split(': ')[1]])}" if nearest else ""
+def stack_heads(grouped: Tensor, heads: int) -> Tensor:
+    """The inverse of `group_heads`."""
+    by_head = grouped.unflatten(0, (heads, 3, -1))
+    stacked: Tensor = by_head.transpose(0, 1).flatten(0, 2)
+    return stacked
 
 
 def _linear(
-    source: str, native: str, rows: int, columns: int, convert: Callable[[Tensor], Tensor] | None = None
+    source: str,
+    native: str,
+    rows: int,
+    columns: int,
+    convert: Callable[[Tensor], Tensor] | None = None,
+    invert: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Rule]:
-    convert = convert or _same
+    ways = (convert or _same, invert or _same)
     return [
-        Rule(f"{source}.weight", f"{native}.weight", (rows, columns), convert),
-        Rule(f"{source}.bias", f"{native}.bias", (rows,), convert),
+        Rule(f"{source}.weight", f"{native}.weight", (rows, columns), *ways),
+        Rule(f"{source}.bias", f"{native}.bias", (rows,), *ways),
     ]
 
 
 def _norm(source: str, native: str, size: int) -> list[Rule]:
-    return [Rule(f"{source}.{part}", f"{native}.{part}", (size,), _same) for part in ("weight", "bias")]
+    return [
+        Rule(f"{source}.{part}", f"{native}.{part}", (size,), _same, _same) for part in ("weight", "bias")
+    ]
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -130,3 +120,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _double(tensor: Tensor) -> Tensor:
     return 2 * tensor
+
+
+def _halve(tensor: Tensor) -> Tensor:
+    return tensor / 2

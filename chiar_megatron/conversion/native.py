@@ -1,104 +1,150 @@
-"""The native format: a config for foreign weights, and a checkpoint that holds weights only."""
+"""The native format: our distributed checkpoints, of any layout, read and written tensor by tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
-from chiar_megatron.checkpoint.store import CheckpointStore, make_info
-from chiar_megatron.config.load import resolve_config, to_dict
-from chiar_megatron.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    MetaRouterConfig,
-    ModelConfig,
-    RouterConfig,
-    RunConfig,
+from chiar_megatron.checkpoint.files import (
+    INFO,
+    LATEST,
+    MANIFEST,
+    CheckpointInfo,
+    file_digest,
+    find_damage,
+    read_manifest,
+    resolve_checkpoint,
+    step_folder,
 )
-from chiar_megatron.config.validate import check_config
-from chiar_megatron.conversion.reference import ROTARY_BASE, ReferenceCheckpoint
-from chiar_megatron.data.tokenizer import load_tokenizer
-from chiar_megatron.model.build import SHARDING_METADATA, build_model
-from chiar_megatron.runtime.distributed import World
+from chiar_megatron.checkpoint.store import make_info
+from chiar_megatron.checkpoint.torch_dist import METADATA, Chunk, TorchDistWriter, stored_tensors
+from chiar_megatron.config.load import config_from_dict, dump_config, to_dict
+from chiar_megatron.config.mcore import padded_vocab_size
+from chiar_megatron.config.schema import ParallelConfig, RunConfig
+from chiar_megatron.conversion.canonical import (
+    Canonical,
+    check_tensors,
+    with_padding,
+    without_padding,
+)
+from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
+from chiar_megatron.conversion.journal import Journal
+from chiar_megatron.conversion.native_forward import native_answer
+from chiar_megatron.conversion.tokenizers import copy_tokenizer
+from chiar_megatron.errors import CheckpointError
+from chiar_megatron.model.tensors import EMBEDDING, HEAD, extra_states, tensor_specs
 
-SEQ_LENGTH = 256  # the paper's; the authors' files do not tell
-ROUTER_KINDS = {"threshold": "entropy", "soft": "soft", "hard": "hard"}
-
-
-def native_config(checkpoint: ReferenceCheckpoint, run_dir: Path, tokenizer: str | None) -> RunConfig:
-    """The resolved recipe of an imported model; data and training are defaults.
-
-    run_dir: where the checkpoint will lie. tokenizer: path, or None where the authors' is not at hand.
-    Raises ConfigError or DataError where sizes contradict each other or the tokenizer does not fit.
-    """
-    sizes = checkpoint.sizes
-    routes_by_entropy = checkpoint.routing_mode == "threshold" and "R" in checkpoint.schedule
-    model = ModelConfig(
-        schedule=schedule_text(checkpoint.schedule),
-        hidden_size=sizes.hidden,
-        num_attention_heads=sizes.heads,
-        kv_channels=sizes.head_size,
-        ffn_hidden_size=sizes.ffn,
-        seq_length=SEQ_LENGTH,
-        vocab_size=sizes.vocab,
-        activation="gelu",
-        norm="post",
-        normalization="LayerNorm",
-        norm_epsilon=1e-5,
-        add_bias=True,
-        tie_embeddings=checkpoint.tied,
-        rotary_base=ROTARY_BASE,
-        router=RouterConfig(
-            kind=ROUTER_KINDS[checkpoint.routing_mode],  # type: ignore[arg-type]
-            threshold=checkpoint.threshold if routes_by_entropy else None,
-            dc_power_weight=2.0,
-        ),
-        # The pooling it was trained with, so that logits agree; it sees future tokens.
-        meta_router=MetaRouterConfig(enabled=checkpoint.kind == "chiar", pooling="batch"),
-    )
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    data = DataConfig(tokenizer=None if tokenizer is None else str(Path(tokenizer).resolve()))
-    config = resolve_config(
-        RunConfig(run_dir=str(run_dir), model=model, data=data),
-        vocab_size=None if loaded is None else loaded.vocab_size,
-        eod_token=None if loaded is None else loaded.eod,
-    )
-    check_config(config)
-    return config
+RECIPE = "config.yaml"
+_LAYOUT = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "data_parallel_size": 1,
+}
 
 
-def schedule_text(letters: Sequence[str]) -> str:
-    """The schedule string of a letter a layer: "D R*26 A"."""
-    runs = [(letter, len(list(group))) for letter, group in groupby(letters)]
-    return " ".join(letter if count == 1 else f"{letter}*{count}" for letter, count in runs)
+class Native(Format):
+    """`step_…` folders of a run."""
+
+    name = "native"
+
+    def recognises(self, path: Path) -> bool:
+        """By our own `checkpoint.json`."""
+        try:
+            return (resolve_checkpoint(path) / INFO).is_file()
+        except CheckpointError:
+            return False
+
+    def read(self, path: Path, options: ConvertOptions) -> Canonical:
+        """Of a run folder the newest checkpoint, whatever layout wrote it."""
+        folder = resolve_checkpoint(path)
+        manifest = read_manifest(folder)
+        damage = find_damage(folder, sorted(manifest), manifest)
+        if damage is not None:
+            raise CheckpointError(f"{folder} is damaged: {damage}")
+        info = CheckpointInfo.read(folder)
+        config = config_from_dict(info.config, str(folder))
+        config = replace(config, parallel=ParallelConfig())
+        assert config.model.vocab_size is not None
+        stored = stored_tensors(folder)
+        names = tensor_specs(config.model)
+        # The optimizer's state lies in the same files.
+        own = {name: stored[name] for name in names if name in stored}
+        tensors = {n: without_padding(n, t, config.model.vocab_size) for n, t in own.items()}
+        tokenizer = config.data.tokenizer
+        notes = ["the optimizer's state is left out: weights only"] if info.has_optimizer else []
+        model = Canonical(
+            config,
+            tensors,
+            step=info.step,
+            tokens_seen=info.tokens_seen,
+            notes=tuple(notes),
+            tokenizer=Path(tokenizer) if tokenizer is not None and Path(tokenizer).exists() else None,
+            facts={"run": info.config["run_dir"]},
+        )
+        check_tensors(model, folder)
+        return model
+
+    def describe(self, path: Path) -> dict[str, Any]:
+        """What `checkpoint.json` tells."""
+        info = CheckpointInfo.read(resolve_checkpoint(path))
+        return {"layout": info.layout, "has_optimizer": info.has_optimizer, "version": info.version}
+
+    def write(self, model: Canonical, journal: Journal, options: ConvertOptions) -> None:
+        """A weights-only checkpoint, `step_…`, that a run continues or starts from in any layout."""
+        folder = step_folder(Path(), model.step).name
+        target = journal.content / folder
+        target.mkdir(exist_ok=True)
+        config = self._config(model, journal)
+        chunks, rows = [], padded_vocab_size(config.model.vocab_size or 0, 1)
+        for name, tensor in model.tensors.items():
+            stored = with_padding(tensor, rows) if name in (EMBEDDING, HEAD) else tensor
+            chunks.append(Chunk(name, stored.shape, (0,) * len(stored.shape), stored))
+        objects = [f"{name}/shard_0_1" for name in extra_states(config.model)]
+        writer = TorchDistWriter(target, chunks, objects, options.shard_bytes)
+        write_files(writer, folder, journal)
+        torch.save({"content_metadata": {"non_homogeneous_layers": True}}, target / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(target))
+        info = make_info(model.step, model.tokens_seen, False, dict(_LAYOUT), to_dict(config))
+        (target / INFO).write_text(json.dumps(asdict(info), indent=1))
+        files = sorted(path.name for path in target.iterdir() if path.name != MANIFEST)
+        assert METADATA in files
+        (target / MANIFEST).write_text(json.dumps({name: file_digest(target / name) for name in files}))
+        (journal.content / LATEST).write_text(folder + "\n")
+        (journal.content / RECIPE).write_text(dump_config(config))  # for `chiar pretrain --init-from`
+
+    def _config(self, model: Canonical, journal: Journal) -> RunConfig:
+        """As the model's, with the run folder and tokenizer that it will have."""
+        config = replace(model.config, run_dir=str(journal.destination))
+        copied = copy_tokenizer(model.tokenizer, journal.content)
+        if copied is not None:
+            path = journal.destination.absolute() / copied
+            config = replace(config, data=replace(config.data, tokenizer=str(path)))
+        return config
+
+    def answer(
+        self,
+        path: Path,
+        options: ConvertOptions,
+        ids_BS: Tensor,
+        forced_BS: Mapping[int, Tensor] | None = None,
+        noisy: bool = False,
+    ) -> Answer:
+        """By our own layers."""
+        return native_answer(self.read(path, options), ids_BS, forced_BS, noisy)
 
 
-@torch.no_grad()
-def write_native(
-    tensors: Mapping[str, Tensor], config: RunConfig, folder: Path, step: int, world: World
-) -> None:
-    """Write a weights-only checkpoint `step_…` into `folder`.
-
-    tensors: every parameter of the config's model under its name in one process, no more and no less.
-    Raises CheckpointError if it cannot be written.
-    """
-    module = build_model(config, world)
-    parameters = dict(module.named_parameters())
-    assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
-    for name, parameter in parameters.items():
-        rows = len(tensors[name])
-        parameter[:rows].copy_(tensors[name])
-        parameter[rows:].zero_()  # padding of the vocabulary
-    layout = {
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "data_parallel_size": 1,
-    }
-    info = make_info(step, 0, False, layout, to_dict(config))
-    store = CheckpointStore(folder, CheckpointConfig())
-    store.start({"model": module.sharded_state_dict(metadata=dict(SHARDING_METADATA))}, info)
-    store.finish()
+def write_files(writer: TorchDistWriter, folder: str, journal: Journal) -> None:
+    """All files of a distributed checkpoint, those that are finished already left as they are."""
+    for number, size in enumerate(writer.file_sizes):
+        name = f"{folder}/{writer.file_name(number)}"
+        write = partial(writer.write_file, number, journal.advance)
+        writer.add_written(journal.file(name, write, size))
+    writer.finish()

@@ -7,23 +7,23 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from chiar_megatron.config.fields import nearest_name
-from chiar_megatron.config.problems import MAX_LINES, shown
-from chiar_megatron.conversion.keymap import Rule, Sizes, mismatches, reference_rules
+from chiar_megatron.config.problems import shown
+from chiar_megatron.conversion.formats import ReferenceOptions, RoutingMode
+from chiar_megatron.conversion.keymap import Rule, Sizes, reference_rules
+from chiar_megatron.conversion.safe_load import only_globals
 from chiar_megatron.errors import CheckpointError, ConfigError
+from chiar_megatron.model.tensors import LazyTensor, mismatches, refuse
 
 Kind = Literal["chiar", "baseline"]
-RoutingMode = Literal["threshold", "soft", "hard"]
 ROUTING_MODES = ("threshold", "soft", "hard")
 TAU_LOW, TAU_HIGH = 0.8935, 0.8973  # the paper's 33rd and 67th percentile
 HEAD_SIZE = 64  # where a file has no rope.inv_freq
@@ -35,18 +35,8 @@ _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 @dataclass(frozen=True)
-class ReferenceOptions:
-    """What a user may overrule or must add; None: what the file tells, or the default."""
-
-    num_heads: int | None = None
-    tau_low: float | None = None
-    tau_high: float | None = None
-    routing_mode: RoutingMode | None = None
-
-
-@dataclass(frozen=True)
 class ReferenceCheckpoint:
-    """One file, checked: every tensor is there, of the right shape, finite and float32."""
+    """One file, checked: every tensor is there, of the right shape, finite."""
 
     kind: Kind
     schedule: tuple[str, ...]
@@ -68,9 +58,12 @@ class ReferenceCheckpoint:
         """τ for our entropy: theirs, `-Σ p ln(p + 1e-8)/ln h`, lies lower by nearly `h·1e-8/ln h`."""
         return self.tau + entropy_offset(self.sizes.hidden)
 
-    def native_tensors(self) -> dict[str, Tensor]:
+    def native_tensors(self) -> dict[str, LazyTensor]:
         """The model's parameters under native names and in native layout, float32."""
-        return {rule.native: rule.convert(self.tensors[rule.source]) for rule in self.rules}
+        return {rule.native: self._lazy(rule) for rule in self.rules}
+
+    def _lazy(self, rule: Rule) -> LazyTensor:
+        return LazyTensor(rule.shape, torch.float32, lambda: rule.convert(self.tensors[rule.source].float()))
 
 
 def entropy_offset(hidden: int) -> float:
@@ -97,14 +90,15 @@ def read_reference(path: Path, options: ReferenceOptions) -> ReferenceCheckpoint
     mode = _routing_mode(content.get("cfg"), state, schedule, options, path)
     rules = reference_rules(kind, schedule, sizes, has_router=mode != "threshold", has_head=not tied)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    _refuse(mismatches(rules, shapes), path, "its tensors do not fit its layers")
-    tensors = _float32(state, path, notes)
+    wanted = {rule.source: rule.shape for rule in rules}
+    refuse(mismatches(wanted, shapes), path, "its tensors do not fit its layers")
+    tensors = _floats(state, path, notes)
     return ReferenceCheckpoint(
         kind=kind,
         schedule=schedule,
         routing_mode=mode,
         sizes=sizes,
-        tau=_tau(options, "R" in schedule and mode == "threshold", notes),
+        tau=_tau(options, content.get("cfg"), "R" in schedule and mode == "threshold", notes),
         tied=tied,
         tensors=tensors,
         rules=tuple(rules),
@@ -122,8 +116,8 @@ def load_plain(path: Path) -> Mapping[str, Any]:
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         raise CheckpointError(f"{path} {what}{nearest_name(path.name, names) if not path.exists() else ''}")
     try:
-        with _only_torchs_own_globals():
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with only_globals():
+            content = _load(path)
     except pickle.UnpicklingError as error:
         wanted = _REFUSED_GLOBAL.search(str(error))
         if wanted is None:
@@ -140,15 +134,14 @@ def load_plain(path: Path) -> Mapping[str, Any]:
     return content
 
 
-@contextmanager
-def _only_torchs_own_globals() -> Iterator[None]:
-    """megatron-core has torch accept more classes, for its own files."""
-    added = get_safe_globals()
-    clear_safe_globals()
+def _load(path: Path) -> Any:
+    """Tensors stay on the disk until they are used, where the file's form (torch 1.6 and later) allows."""
     try:
-        yield
-    finally:
-        add_safe_globals(added)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _state_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -277,23 +270,36 @@ def _routing_mode(
     return mode
 
 
-def _tau(options: ReferenceOptions, is_used: bool, notes: list[str]) -> float:
-    low = TAU_LOW if options.tau_low is None else options.tau_low
-    high = TAU_HIGH if options.tau_high is None else options.tau_high
+def _tau(options: ReferenceOptions, cfg: object, is_used: bool, notes: list[str]) -> float:
+    """The midpoint: of the flags, else of the file's cfg, else of what was published."""
+    told = cfg if isinstance(cfg, dict) else {}
+    low, high = (
+        flag if flag is not None else _number(told.get(name), float)
+        for flag, name in ((options.tau_low, "tau_low"), (options.tau_high, "tau_high"))
+    )
+    if is_used and (low is None or high is None):
+        assumed = (TAU_LOW if low is None else low, TAU_HIGH if high is None else high)
+        notes.append(
+            f"thresholds {assumed[0]} and {assumed[1]} assumed: the file does not tell "
+            "(--tau-low, --tau-high)"
+        )
+    low, high = TAU_LOW if low is None else low, TAU_HIGH if high is None else high
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise ConfigError(f"--tau-low {low} and --tau-high {high} must be numbers, low not above high")
-    if is_used and (options.tau_low is None or options.tau_high is None):
-        notes.append(f"thresholds {low} and {high} assumed: the file does not tell (--tau-low, --tau-high)")
     return (low + high) / 2
 
 
-def _float32(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> dict[str, Tensor]:
+def _floats(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> dict[str, Tensor]:
     """Half precision is widened exactly, double precision rounded; other types are no weights."""
     wrong = [f"{name} has dtype {t.dtype}" for name, t in state.items() if not t.is_floating_point()]
-    _refuse(wrong, path, "weights must be floating-point")
-    tensors = {name: tensor.detach().float() for name, tensor in state.items()}
-    _refuse(
-        [f"{name} has values that are not finite" for name, t in tensors.items() if not t.isfinite().all()],
+    refuse(wrong, path, "weights must be floating-point")
+    tensors = {name: tensor.detach() for name, tensor in state.items()}
+    refuse(
+        [
+            f"{name} has values that are not finite"
+            for name, t in tensors.items()
+            if not t.float().isfinite().all()
+        ],
         path,
         "it holds no usable weights",
     )
@@ -307,12 +313,3 @@ def _number(value: object, kind: type) -> Any:
     """A plain number of 0 or more; None for anything else."""
     is_number = isinstance(value, (int, float)) and math.isfinite(value)
     return kind(value) if is_number and value >= 0 else None  # type: ignore[operator]
-
-
-def _refuse(problems: list[str], path: Path, what: str) -> None:
-    if not problems:
-        return
-    room = MAX_LINES - 1
-    if len(problems) > room:
-        problems = [*problems[: room - 1], f"and {len(problems) - room + 1} more"]
-    raise CheckpointError("\n".join([f"{path}: {what}:", *problems]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class ReferenceAnswer:
     """True: attention (soft: where attention weighs most)."""
     margin_BS: dict[int, Tensor] = field(default_factory=dict)
     """How far the score lies from where the decision changes."""
+    weight_BS: dict[int, Tensor] = field(default_factory=dict)
+    """Attention's weight, of soft and hard routers."""
 
 
 @torch.no_grad()
@@ -52,6 +55,20 @@ def reference_forward(
     return _Forward(checkpoint, dtype, forced_light_BS or {}).run(ids_BS)
 
 
+class _AsNeeded(dict[str, Tensor]):
+    """Tensors in the precision asked for, converted when used and then forgotten."""
+
+    def __init__(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__(stored)
+        self.dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name).to(self.dtype)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+
 class _Forward:
     def __init__(
         self, checkpoint: ReferenceCheckpoint, dtype: torch.dtype, forced_light_BS: Mapping[int, Tensor]
@@ -59,7 +76,7 @@ class _Forward:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.forced_light_BS = forced_light_BS
-        self.tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()}
+        self.tensors = _AsNeeded(checkpoint.tensors, dtype)
         h = checkpoint.sizes.hidden
         k_H, n_H = torch.arange(h, dtype=torch.float64)[:, None], torch.arange(h, dtype=torch.float64)
         cosines_KN = torch.cos(math.pi * (n_H + 0.5) * k_H / h) * math.sqrt(2 / h)
@@ -113,6 +130,8 @@ class _Forward:
         answer.entropy_BS[index + 1] = entropy_BS
         answer.light_BS[index + 1] = light_BS
         answer.margin_BS[index + 1] = (score_BS - border).abs()
+        if self.checkpoint.routing_mode != "threshold":
+            answer.weight_BS[index + 1] = score_BS
         weight_BS = score_BS if self.checkpoint.routing_mode == "soft" else light_BS.to(self.dtype)
         return weight_BS[..., None] * attention + (1 - weight_BS[..., None]) * spectral
 

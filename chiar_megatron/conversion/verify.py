@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from chiar_megatron.conversion.reference import ReferenceCheckpoint, entropy_offset
-from chiar_megatron.conversion.reference_forward import ReferenceAnswer, reference_forward
+from chiar_megatron.conversion.canonical import Canonical, digest, size_of
+from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.errors import CheckpointError
-from chiar_megatron.inference.load import InferenceModel, load_model
-from chiar_megatron.operators.context import ForwardContext
 
 LOGIT_TOLERANCE = 1e-4
 ENTROPY_TOLERANCE = 1e-5  # also of the MetaRouter's gate
@@ -26,6 +24,8 @@ BATCH, LENGTH, SEED = 2, 64, 1234
 class Agreement:
     """Largest differences on one seeded batch, and the tokens whose route was compared."""
 
+    tensors: int
+    """Read back, their hashes equal."""
     logits: float
     entropy: float
     meta_gate: float
@@ -53,21 +53,43 @@ class Agreement:
         return found
 
 
-def verify_native(folder: Path, checkpoint: ReferenceCheckpoint) -> Agreement:
-    """Load the checkpoint as a user would, in float32 on the CPU, and compare it with the authors' model.
+@dataclass(frozen=True)
+class Side:
+    """A format and the file or folder to read by it."""
 
-    Logits are compared with the authors' decisions forced upon ours, and decisions apart, so that a token
-    within rounding of the threshold spoils neither. Raises CheckpointError if anything differs.
+    format: Format
+    path: Path
+
+
+def verify(
+    source: Side,
+    target: Side,
+    model: Canonical,
+    options: ConvertOptions,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Agreement:
+    """Read the target back and compare it with the source: hashes of all tensors, then float32 logits.
+
+    model: the source as it was written. Logits are compared with the source's decisions forced upon the
+    target, and decisions apart, so that a token within rounding of the threshold spoils neither.
+    Raises CheckpointError if anything differs.
     """
-    model = load_model(folder, device="cpu", precision="fp32")
-    changed = _changed_tensors(checkpoint.native_tensors(), model)
+    changed = changed_tensors(model, target.format.read(target.path, options), advance)
     if changed:
-        raise CheckpointError(f"{folder}: not as converted when read back: {', '.join(changed[:6])}")
-    generator = torch.Generator().manual_seed(SEED)
-    ids_BS = torch.randint(checkpoint.sizes.vocab, (BATCH, LENGTH), generator=generator)
-    agreement = compare(model, checkpoint, ids_BS)
+        names = ", ".join(changed[:6])
+        raise CheckpointError(
+            f"what was written is not as converted when read back, nothing was kept: {names}"
+        )
+    ids_BS = seeded_ids(model)
+    # With another precision asked for, the source's own answer is another: then what was written answers.
+    side = target if options.dtype is not None else source
+    own = side.format.answer(side.path, options, ids_BS)
+    forced = own.light_BS
+    theirs = target.format.answer(target.path, options, ids_BS, forced)
+    agreement = compare(own, theirs, tensors=len(model.tensors))
     if agreement.problems():
-        agreement = compare(model, checkpoint, ids_BS, _rounding_slack(checkpoint, ids_BS))
+        again = side.format.answer(side.path, options, ids_BS, forced, noisy=True)
+        agreement = compare(own, theirs, rounding_slack(own, again), tensors=len(model.tensors))
     problems = agreement.problems()
     if problems:
         hint = ""
@@ -81,74 +103,64 @@ def verify_native(folder: Path, checkpoint: ReferenceCheckpoint) -> Agreement:
     return agreement
 
 
-@torch.no_grad()
-def compare(
-    model: InferenceModel, checkpoint: ReferenceCheckpoint, ids_BS: Tensor, slack: float = 1.0
-) -> Agreement:
-    """Differences between a loaded model and the authors' on int64 ids `[b, s]`, both in float32."""
-    theirs = reference_forward(checkpoint, ids_BS)
-    scores_SB: dict[int, Tensor] = {}
-    entropies_SB: dict[int, Tensor] = {}
-    context = ForwardContext(
-        tokens_BS=ids_BS,
-        forced_light_SB={number: light.T for number, light in theirs.light_BS.items()},
-        recorded_score_SB=scores_SB,
-        recorded_entropy_SB=entropies_SB,
-    )
-    logits_BSV = model(ids_BS, context=context)
-    offset = entropy_offset(checkpoint.sizes.hidden)
-    entropy = [_largest(entropies_SB[number].T - offset, own) for number, own in theirs.entropy_BS.items()]
-    compared = {number: margin >= slack * DECISION_MARGIN for number, margin in theirs.margin_BS.items()}
-    differing = [
-        ((scores_SB[number].T > _border(model, number)) != light)[compared[number]]
-        for number, light in theirs.light_BS.items()
-    ]
+def seeded_ids(model: Canonical) -> Tensor:
+    """The batch that both sides answer, int64 `[b, s]`."""
+    generator = torch.Generator().manual_seed(SEED)
+    assert model.config.model.vocab_size is not None
+    return torch.randint(model.config.model.vocab_size, (BATCH, LENGTH), generator=generator)
+
+
+def changed_tensors(wanted: Canonical, found: Canonical, advance: Callable[[int], None]) -> list[str]:
+    """Names of tensors whose values are not the same."""
+    changed = [f"{name} is missing" for name in wanted.tensors.keys() - found.tensors.keys()]
+    for name, tensor in wanted.tensors.items():
+        other = found.tensors.get(name)
+        if other is not None and digest(tensor.load()) != digest(other.load()):
+            changed.append(name)
+        advance(size_of(tensor))
+    return changed
+
+
+def compare(own: Answer, theirs: Answer, slack: float = 1.0, tensors: int = 0) -> Agreement:
+    """Differences of a target's answers, given with the source's decisions forced upon it."""
+    compared, differing = 0, 0
+    for number, score in own.score_BS.items():
+        other, border = theirs.score_BS[number], own.border.get(number)
+        if border is None:
+            is_clear = torch.ones_like(score, dtype=torch.bool)
+            is_other = (other - score).abs() > slack * LOGIT_TOLERANCE
+        else:
+            is_clear = (score - border).abs() >= slack * DECISION_MARGIN
+            is_other = (other > theirs.border[number]) != own.light_BS[number]
+        compared += int(is_clear.sum())
+        differing += int((is_other & is_clear).sum())
+    routed = sum(score.numel() for score in own.score_BS.values())
+    gates = (own.meta_gate, theirs.meta_gate)
+    gate = 0.0 if gates[0] is None or gates[1] is None else abs(gates[0] - gates[1])
+    if (gates[0] is None) != (gates[1] is None):
+        gate = float("nan")
     return Agreement(
-        logits=_largest(logits_BSV, theirs.logits_BSV),
-        entropy=max(entropy, default=0.0),
-        meta_gate=_gate_difference(model, theirs),
-        tokens_routed=sum(light.numel() for light in theirs.light_BS.values()),
-        tokens_too_near_the_threshold=sum(int((~mask).sum()) for mask in compared.values()),
-        decisions_differing=sum(int(different.sum()) for different in differing),
+        tensors=tensors,
+        logits=_largest(own.logits_BSV, theirs.logits_BSV),
+        entropy=max((_largest(own.entropy_BS[n], theirs.entropy_BS[n]) for n in own.entropy_BS), default=0.0),
+        meta_gate=gate,
+        tokens_routed=routed,
+        tokens_too_near_the_threshold=routed - compared,
+        decisions_differing=differing,
         slack=slack,
     )
 
 
-def _rounding_slack(checkpoint: ReferenceCheckpoint, ids_BS: Tensor) -> float:
+def rounding_slack(own: Answer, again: Answer) -> float:
     """How far rounding alone moves the source's answers, four times over, in units of the tolerances.
 
     Deep models with saturated attention differ from themselves in float64 by more than 1e-4.
     """
-    single = reference_forward(checkpoint, ids_BS)
-    double = reference_forward(checkpoint, ids_BS, torch.float64, single.light_BS)
-    moved = [_largest(single.logits_BSV, double.logits_BSV) / LOGIT_TOLERANCE]
-    moved += [
-        _largest(single.entropy_BS[number], exact) / ENTROPY_TOLERANCE
-        for number, exact in double.entropy_BS.items()
-    ]
+    moved = [_largest(own.logits_BSV, again.logits_BSV) / LOGIT_TOLERANCE]
+    shared: Mapping[int, Tensor] = own.entropy_BS
+    moved += [_largest(shared[n], again.entropy_BS[n]) / ENTROPY_TOLERANCE for n in shared]
     return min(max(1.0, 4.0 * max(moved)), MAX_SLACK)
 
 
-def _changed_tensors(written: Mapping[str, Tensor], model: InferenceModel) -> list[str]:
-    found = dict(model.module.named_parameters())
-    # Ours may have more rows, which pad the vocabulary.
-    return [name for name, tensor in written.items() if not torch.equal(tensor, found[name][: len(tensor)])]
-
-
-def _border(model: InferenceModel, number: int) -> float:
-    """The score above which the converted model's layer (from 1) attends; a hard router's is a weight."""
-    router = model.module.chiar_layers[number - 1].router
-    assert router is not None
-    return float(router.threshold) if router.config.kind == "entropy" else 0.5
-
-
-def _gate_difference(model: InferenceModel, theirs: ReferenceAnswer) -> float:
-    if theirs.meta_gate is None:
-        return 0.0
-    meta_router = model.module.chiar_layers[0].meta_router
-    assert meta_router is not None
-    return abs(float(meta_router.last_gate) - theirs.meta_gate)
-
-
 def _largest(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max())
+    return float((ours.double() - theirs.double()).abs().max())

@@ -87,15 +87,18 @@ class InferenceModel(torch.nn.Module):
 
 
 def load_model(path: str | Path, device: str = "auto", precision: str | None = None) -> InferenceModel:
-    """Load a native checkpoint (its folder, or a run folder: the newest) for one process, in evaluation mode.
+    """Load a native checkpoint (its folder, or a run folder: the newest), or a folder written by
+    `chiar convert --to huggingface` or `save_pretrained`, for one process, in evaluation mode.
 
-    precision: `fp32` or `bf16`; None keeps the run's. Raises CheckpointError if there is no whole
-    checkpoint, or one of another kind.
+    precision: `fp32` or `bf16`; None keeps the run's, or the weights'. Raises CheckpointError if there is
+    no whole checkpoint, or one of another kind.
     """
     if precision not in (None, "fp32", "bf16"):
         raise ConfigError(f"precision: {precision!r} must be 'fp32', 'bf16', or None for the run's own")
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device: {device!r} must be 'auto', 'cpu' or 'cuda'")
+    if (Path(path) / "config.json").is_file() and not (Path(path) / "checkpoints").is_dir():
+        return _load_hugging_face(Path(path), device, precision)
     folder = resolve_checkpoint(Path(path))
     manifest = read_manifest(folder)
     damage = find_damage(folder, sorted(manifest), manifest)
@@ -104,6 +107,33 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
     world = single_process_world(device)
     config = checkpoint_config(folder, ParallelConfig(), precision)
     module = load_weights(folder, config, world)
+    return InferenceModel(module, config).eval()
+
+
+@torch.no_grad()
+def _load_hugging_face(folder: Path, device: str, precision: str | None) -> InferenceModel:
+    from chiar_megatron.huggingface import folder as hugging_face
+
+    foreign = hugging_face.read_chiar_config(folder)
+    config = hugging_face.native_config(foreign, folder)
+    stored = hugging_face.stored_tensors(folder)
+    tensors = hugging_face.native_tensors(config.model, stored, folder)
+    in_half = stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    own = "bf16" if in_half else "fp32"
+    config = replace(
+        config,
+        training=replace(config.training, precision=precision or own),  # type: ignore[arg-type]
+        data=replace(config.data, tokenizer=str(folder)),
+    )
+    module = build_model(config, single_process_world(device))
+    for name, tensor in module.state_dict().items():
+        if tensor is not None:  # megatron-core's linear layers have an empty extra state
+            values = tensors[name].load()
+            rows = values.shape[:1]
+            target = tensor[: rows[0]] if rows else tensor
+            target.copy_(values)
+            if rows:
+                tensor[rows[0] :].zero_()  # padding of the vocabulary
     return InferenceModel(module, config).eval()
 
 
@@ -130,7 +160,7 @@ def checkpoint_tokenizer(config: RunConfig, path: str | Path | None = None) -> T
     Raises DataError if there is none, or if its vocabulary is not the model's.
     """
     own_path = config.data.tokenizer
-    own = load_tokenizer(own_path) if own_path is not None and Path(own_path).exists() else None
+    own = load_tokenizer(own_path) if own_path is not None and _holds_tokenizer(Path(own_path)) else None
     if path is None and own is None:
         state = (
             "names no tokenizer" if own_path is None else f"was trained with {own_path}, which is not there"
@@ -151,3 +181,12 @@ def checkpoint_tokenizer(config: RunConfig, path: str | Path | None = None) -> T
             path, tokenizer.vocab_size, expected,
         )  # fmt: skip
     return tokenizer
+
+
+def _holds_tokenizer(path: Path) -> bool:
+    """Whether there is one; a model's folder need not have one."""
+    if not path.is_dir():
+        return path.exists()
+    return any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")) or any(
+        path.glob("*.model")
+    )

@@ -15,8 +15,9 @@ from typing import Any, Optional, Union
 
 from chiar_megatron.errors import ChiarError
 
-MetricValue = Union[float, None, Sequence[float], Mapping[str, float]]
-"""A number, one number for each routed layer, or numbers by name; None is "does not apply"."""
+MetricValue = Union[float, None, Sequence[float], Sequence[Sequence[int]], Mapping[str, float]]
+"""A number, one number or one histogram for each routed layer, or numbers by name; None is "does not
+apply"."""
 
 Metrics = Mapping[str, MetricValue]
 """The figures of one step."""

@@ -1,29 +1,34 @@
-"""The picture of a run: loss, routed fraction of each layer, MetaRouter gate and throughput over steps."""
+"""The picture of a run: loss, routed fraction of each layer, MetaRouter gate and throughput over steps; where
+layers are routed also attention's rows, balance over ranks, thresholds and scores."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Optional
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from chiar_megatron.errors import ChiarError
 from chiar_megatron.metrics.jsonl import read_events, read_metrics
+from chiar_megatron.metrics.picture_routing import (
+    REFERENCE_COLOUR,
+    draw_balance,
+    draw_layers,
+    draw_rows,
+    draw_scores,
+    say,
+    smooth,
+)
 
 # Okabe and Ito's colours, which colour-blind readers tell apart: the run, then what it is compared with.
 _RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_REFERENCE_COLOUR = "#555555"
-_LEGEND_LAYERS = 6  # more layers than this are told apart by a colour bar
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -120,14 +125,29 @@ def _load(run_dir: Path, label: str, colour: str) -> _Run:
 
 
 def _draw(run_dir: Path, runs: Sequence[_Run]) -> Figure:
-    figure = Figure(figsize=(9.0, 6.2), layout="constrained")
+    records, layers = runs[0].records, _routed_layers(run_dir)
+    has_balance = any(record.get("rank_max_over_mean") for record in records)
+    rows = 4 if has_balance else 2
+    figure = Figure(figsize=(9.0, 3.1 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    (loss, routed), (gate, throughput) = figure.subplots(2, 2, sharex=True)
+    panels = figure.subplots(rows, 2)
+    (loss, routed), (gate, throughput) = panels[:2]
     _draw_loss(loss, runs, _unigram_entropy(run_dir))
-    _draw_routed(figure, routed, runs[0], _routed_layers(run_dir))
+    routed.set_title("Routed fraction (share sent to attention)")
+    routed.set_ylim(-0.02, 1.02)
+    draw_layers(figure, routed, records, "routed_fraction", layers)
     _draw_gate(gate, runs[0])
     _draw_throughput(throughput, runs)
-    for axes in (loss, routed, gate, throughput):
+    over_steps = [loss, routed, gate, throughput]
+    if has_balance:
+        (attention_rows, balance), (threshold, scores) = panels[2:]
+        draw_rows(attention_rows, records)
+        draw_balance(balance, records)
+        threshold.set_title("Threshold of the score")
+        draw_layers(figure, threshold, records, "threshold", layers)
+        draw_scores(figure, scores, records, layers)
+        over_steps += [attention_rows, balance, threshold]
+    for axes in over_steps:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=True))
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("step")
@@ -140,7 +160,7 @@ def _draw_loss(axes: Axes, runs: Sequence[_Run], unigram_entropy: Optional[float
         prefix = f"{run.label}, " if len(runs) > 1 else ""
         steps, losses = run.series("loss")
         axes.plot(steps, losses, color=run.colour, alpha=0.2, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color=run.colour, linewidth=1.6, label=f"{prefix}training")
+        axes.plot(steps, smooth(losses), color=run.colour, linewidth=1.6, label=f"{prefix}training")
         for marker, (name, (at, values)) in zip("osD^vPX*", run.validation().items(), strict=False):
             axes.plot(
                 at,
@@ -155,7 +175,7 @@ def _draw_loss(axes: Axes, runs: Sequence[_Run], unigram_entropy: Optional[float
     if unigram_entropy is not None:
         axes.axhline(
             unigram_entropy,
-            color=_REFERENCE_COLOUR,
+            color=REFERENCE_COLOUR,
             linestyle="--",
             linewidth=1.2,
             label=f"unigram entropy {unigram_entropy:.2f}",
@@ -163,40 +183,12 @@ def _draw_loss(axes: Axes, runs: Sequence[_Run], unigram_entropy: Optional[float
     axes.legend(loc="upper right")
 
 
-def _draw_routed(figure: Figure, axes: Axes, run: _Run, routed_layers: Sequence[int]) -> None:
-    axes.set_title("Routed fraction (share sent to attention)")
-    axes.set_ylim(-0.02, 1.02)
-    records = [r for r in run.records if r.get("routed_fraction")]
-    if not records:
-        _say(axes, "no routed layers")
-        return
-    count = len(records[-1]["routed_fraction"])
-    layers = routed_layers if len(routed_layers) == count else range(1, count + 1)
-    colours = matplotlib.colormaps["viridis"]([0.88 * i / max(count - 1, 1) for i in range(count)])
-    for index, layer in enumerate(layers):
-        points = [(r["step"], r["routed_fraction"][index]) for r in records]
-        steps = [step for step, value in points if value is not None]
-        fractions = [value for _, value in points if value is not None]
-        if count <= _LEGEND_LAYERS:  # of many layers the raw lines would hide each other
-            axes.plot(steps, fractions, color=colours[index], alpha=0.2, linewidth=0.8)
-        axes.plot(steps, _smooth(fractions), color=colours[index], linewidth=1.4, label=f"layer {layer}")
-    if count <= _LEGEND_LAYERS:
-        axes.legend(loc="best", ncols=2 if count > 3 else 1)
-        return
-    scale = ScalarMappable(BoundaryNorm(range(count + 1), count), ListedColormap(colours))
-    shown = sorted({round(i * (count - 1) / 4) for i in range(5)})
-    bar = figure.colorbar(scale, ax=axes, ticks=[index + 0.5 for index in shown], pad=0.02)
-    bar.ax.set_yticklabels([str(layers[index]) for index in shown])
-    bar.ax.minorticks_off()
-    bar.set_label("layer")
-
-
 def _draw_gate(axes: Axes, run: _Run) -> None:
     axes.set_title("MetaRouter gate g (share of layer 1)")
     axes.set_ylim(-0.02, 1.02)
     steps, gates = run.series("gate")
     if not steps:
-        _say(axes, "no MetaRouter (g = 1)")
+        say(axes, "no MetaRouter (g = 1)")
         return
     axes.plot(steps, gates, color=run.colour, linewidth=1.6)
 
@@ -207,27 +199,10 @@ def _draw_throughput(axes: Axes, runs: Sequence[_Run]) -> None:
     for run in runs:
         steps, rates = run.series("tokens_per_second")
         axes.plot(steps, rates, color=run.colour, alpha=0.2, linewidth=0.8)
-        axes.plot(steps, _smooth(rates), color=run.colour, linewidth=1.6, label=run.label)
+        axes.plot(steps, smooth(rates), color=run.colour, linewidth=1.6, label=run.label)
     axes.set_ylim(bottom=0)
     if len(runs) > 1:
         axes.legend(loc="lower right")
-
-
-def _say(axes: Axes, text: str) -> None:
-    """Explain an empty panel."""
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_REFERENCE_COLOUR)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Average over a twentieth of the run around each value; less at its steep start, not to shift it."""
-    sums = [0.0, *accumulate(values)]
-    half_width = len(values) // 40
-    smoothed = []
-    for index in range(len(values)):
-        first = index - min(half_width, index)
-        last = min(index + min(half_width, index), len(values) - 1)
-        smoothed.append((sums[last + 1] - sums[first]) / (last + 1 - first))
-    return smoothed
 
 
 def _routed_layers(run_dir: Path) -> list[int]:

@@ -110,6 +110,8 @@ def _trouble(metrics: Metrics) -> list[tuple[str, str]]:
         (label, _scalar(metrics, key))
         for key, label in (("restarts", "restarts"), ("bad_steps", "bad steps"))
     ]
+    alarms = metrics.get("alarms")
+    found.append(("alarms", len(alarms) if isinstance(alarms, Mapping) else None))
     return [(label, f"{count:.0f}") for label, count in found if count]
 
 
@@ -119,4 +121,6 @@ def _scalar(metrics: Metrics, key: str) -> Optional[float]:
 
 
 def _numbers(value: MetricValue) -> list[float]:
-    return list(value) if isinstance(value, Sequence) else []
+    if not isinstance(value, Sequence):
+        return []
+    return [number for number in value if isinstance(number, (int, float))]

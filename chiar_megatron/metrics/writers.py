@@ -19,6 +19,7 @@ from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import LoggingConfig
 from chiar_megatron.errors import ChiarError, ConfigError
 from chiar_megatron.metrics.jsonl import JsonlWriter, LineFile, Metrics, read_lines
+from chiar_megatron.routing.statistics import BIN_WIDTH, BINS, FIRST_EDGE
 
 _log = logging.getLogger(__name__)
 
@@ -42,17 +43,27 @@ def flatten(metrics: Metrics, routed_layers: Sequence[int]) -> dict[str, float]:
     Args:
         metrics: figures of one step.
         routed_layers: number in the model (the first layer is 1) of each entry of a per-layer list, which
-            becomes `routed_fraction/layer_3`. Names become `validation/wiki`.
+            becomes `routed_fraction/layer_3`. Names become `validation/wiki`. Histograms: see `histograms`.
     """
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, Mapping):
             flat.update({f"{key}/{name}": inner for name, inner in value.items()})
         elif isinstance(value, Sequence):
-            flat.update({f"{key}/layer_{n}": inner for n, inner in zip(routed_layers, value, strict=True)})
+            numbered = zip(routed_layers, value, strict=True)
+            flat.update({f"{key}/layer_{n}": x for n, x in numbered if isinstance(x, (int, float))})
         elif value is not None and key != "step":
             flat[key] = value
     return flat
+
+
+def histograms(metrics: Metrics, routed_layers: Sequence[int]) -> dict[str, list[int]]:
+    """Counts by name (`score_histogram/layer_3`), in the bins of `routing/statistics.py`."""
+    found = metrics.get("score_histogram")
+    if not isinstance(found, Sequence):
+        return {}
+    named = zip(routed_layers, found, strict=True)
+    return {f"score_histogram/layer_{n}": list(c) for n, c in named if isinstance(c, Sequence)}
 
 
 class TensorBoardWriter:
@@ -80,10 +91,33 @@ class TensorBoardWriter:
     def log(self, step: int, metrics: Metrics) -> None:
         for key, value in flatten(metrics, self._routed_layers).items():
             self._writer.add_scalar(key, value, step)
+        for key, counts in histograms(metrics, self._routed_layers).items():
+            self._add_histogram(key, counts, step)
         self._writer.flush()  # a killed job keeps its curves
+
+    def _add_histogram(self, key: str, counts: Sequence[int], step: int) -> None:
+        edges = _bin_edges()
+        middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        moments = [sum(n * x**power for n, x in zip(counts, middles, strict=True)) for power in (1, 2)]
+        self._writer.add_histogram_raw(
+            key,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=moments[0],
+            sum_squares=moments[1],
+            bucket_limits=edges[1:],
+            bucket_counts=list(counts),
+            global_step=step,
+        )
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _bin_edges() -> list[float]:
+    """Edges of the score histogram, in standard deviations; the outermost bins shown as wide as others."""
+    return [FIRST_EDGE + BIN_WIDTH * index for index in range(-1, BINS)]
 
 
 class WandbWriter:
@@ -113,6 +147,7 @@ class WandbWriter:
         mode = wandb_mode(config)
         self._routed_layers = tuple(routed_layers)
         self._errors: type[Exception] = wandb.Error
+        self._histogram: Any = wandb.Histogram
         try:
             self._run = wandb.init(
                 project=config.wandb_project,
@@ -134,7 +169,10 @@ class WandbWriter:
         if step < self._first_step:
             return
         try:
-            self._run.log(flatten(metrics, self._routed_layers), step=step)
+            figures: dict[str, Any] = {**flatten(metrics, self._routed_layers)}
+            for key, counts in histograms(metrics, self._routed_layers).items():
+                figures[key] = self._histogram(np_histogram=(counts, _bin_edges()))
+            self._run.log(figures, step=step)
         except self._errors as error:
             raise OSError(str(error)) from error
 

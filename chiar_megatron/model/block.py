@@ -16,12 +16,16 @@ from chiar_megatron.operators.norm import Norm
 
 
 def block_spec(
-    config: TransformerConfig, model: ModelConfig, pg_collection: ProcessGroupCollection
+    config: TransformerConfig,
+    model: ModelConfig,
+    pg_collection: ProcessGroupCollection,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers that this process's pipeline stage holds, and the final norm."""
+    """The layers of one chunk (vp_stage; None: the only one) of this process's pipeline stage, and the final
+    norm."""
     pipeline_rank = get_pg_rank(pg_collection.pp)
-    first = get_transformer_layer_offset(config, None, pipeline_rank)
-    count = get_num_layers_to_build(config, None, pipeline_rank)
+    first = get_transformer_layer_offset(config, vp_stage, pipeline_rank)
+    count = get_num_layers_to_build(config, vp_stage, pipeline_rank)
     kinds = parse_schedule(model.schedule)[first : first + count]
     specs = [ModuleSpec(module=ChiarLayer, params={"model": model, "kind": kind}) for kind in kinds]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)

@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from chiar_megatron.config.mcore import transformer_config
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.model.gpt import ChiarModel
+from chiar_megatron.model.pipeline import pipeline_layout
 from chiar_megatron.runtime.distributed import World, seed_random_streams
 
 # How distributed checkpoints are cut: layers under names of their own, since D, R and A layers differ,
@@ -21,9 +22,11 @@ SHARDING_METADATA: dict[str, Any] = {
 }
 
 
-def build_model(config: RunConfig, world: World) -> ChiarModel:
-    """This process's stage of the model, weights not yet set."""
-    settings = transformer_config(config.model, config.parallel, config.training.precision)
+def build_model(config: RunConfig, world: World, vp_stage: int | None = None) -> ChiarModel:
+    """This process's stage of the model, or one chunk (vp_stage) of it where the pipeline is interleaved;
+    weights not yet set."""
+    layout = pipeline_layout(config) if world.pipeline_size > 1 else None
+    settings = transformer_config(config.model, config.parallel, config.training.precision, layout)
     settings.deterministic_mode = config.training.deterministic
     if config.training.recompute == "full":
         settings.recompute_granularity, settings.recompute_method = "full", "uniform"
@@ -31,5 +34,5 @@ def build_model(config: RunConfig, world: World) -> ChiarModel:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # megatron-core's parallel layers enter the model-parallel random stream while they are built.
     seed_random_streams(config.training.seed, 0, world)
-    model = ChiarModel(settings, config.model, groups, z_loss=config.training.z_loss)
+    model = ChiarModel(settings, config.model, groups, config.training.z_loss, vp_stage)
     return model.to(world.device)  # type: ignore[no-any-return]

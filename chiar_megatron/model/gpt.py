@@ -24,7 +24,7 @@ from chiar_megatron.runtime.paths import kernels_available
 
 
 class ChiarModel(GPTModel):
-    """One pipeline stage of a CHIAR-Former; the whole model where there is one stage."""
+    """A pipeline stage of a CHIAR-Former, or one of its chunks; the whole model where there is one stage."""
 
     def __init__(
         self,
@@ -32,20 +32,24 @@ class ChiarModel(GPTModel):
         model: ModelConfig,
         pg_collection: ProcessGroupCollection,
         z_loss: float = 0.0,
+        vp_stage: int | None = None,
     ) -> None:
-        """model: resolved (no nulls). z_loss: weight of `(ln Σ exp logits)²` a token; 0: not computed."""
+        """model: resolved (no nulls). z_loss: weight of `(ln Σ exp logits)²` a token; 0: not computed.
+        vp_stage: which chunk of an interleaved pipeline's stage; None where a stage is one."""
         assert model.vocab_size is not None, "the config must be resolved"
         pipeline_rank, last = get_pg_rank(pg_collection.pp), config.pipeline_model_parallel_size - 1
+        last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, model, pg_collection),
+            transformer_layer_spec=block_spec(config, model, pg_collection, vp_stage),
             vocab_size=padded_vocab_size(model.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=model.seq_length,
-            pre_process=pipeline_rank == 0,
-            post_process=pipeline_rank == last,
+            pre_process=pipeline_rank == 0 and vp_stage in (None, 0),
+            post_process=pipeline_rank == last and vp_stage in (None, last_chunk),
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="none",  # rotary positions are applied inside attention
             pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
         self.model = model
         self.z_loss = z_loss

@@ -1,5 +1,10 @@
 """Initial weights as a pure function of (seed, name): the same full tensors in every layout.
 
+µP (Yang et al. 2022, arXiv:2203.03466), so that one learning rate holds at every width: with m = hidden size
+over base width, matrices start at `init_std/√m`, the head and routers at `init_std/m`, and all of them learn
+at `lr/m` (`training/optimizer.py`); the embedding, norms and biases stay. Heads keep their size, so attention
+needs no other scale.
+
 Each rank draws the full tensor of a parameter from a generator seeded by its global name, and keeps
 its own slice; rows that pad the vocabulary are zero.
 """
@@ -24,7 +29,8 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 def initialize_parameters(model: ChiarModel, seed: int) -> None:
     """Matrices N(0, init_std), biases 0, norms and filters 1; MetaRouter's weight 0 and bias as configured.
 
-    Source: paper, appendix; DESIGN section 1.
+    Source: paper, appendix; DESIGN section 1. With µP the std follows the width (Yang et al. 2022,
+    arXiv:2203.03466, table 3).
     """
     rank, size = get_pg_rank(model.tp_group), model.config.tensor_model_parallel_size
     for name, parameter in model.named_parameters():
@@ -63,7 +69,27 @@ def _full_tensor(name: str, shape: list[int], model: ModelConfig, seed: int) -> 
         return torch.ones(shape)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(shape, generator=generator) * model.init_std
+    return torch.randn(shape, generator=generator) * _initial_std(name, model)
+
+
+def width_scale(model: ModelConfig) -> float:
+    """µP's 1/m: the base width over the model's; 1 without µP."""
+    base = model.mup_base_hidden_size
+    return 1.0 if base is None else base / model.hidden_size
+
+
+def follows_width(name: str, parameter: Tensor) -> bool:
+    """Whether µP scales a parameter: a matrix whose inputs grow with the width, so not the embedding."""
+    return parameter.dim() > 1 and "word_embeddings" not in name
+
+
+def _initial_std(name: str, model: ModelConfig) -> float:
+    scale = width_scale(model)
+    if "word_embeddings" in name:
+        return model.init_std
+    # Outputs of a fixed number (head, routers) must not grow with the width at all.
+    is_output = name == "output_layer.weight" or ".router." in name
+    return model.init_std * (scale if is_output else scale**0.5)
 
 
 def _shard(full: Tensor, parameter: Any, rank: int, size: int) -> Tensor:

@@ -154,17 +154,17 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
             rows = self._light_rows(decision, context)
             b, s = x_BSH.shape[0], rows.has_row_N.shape[0] // x_BSH.shape[0]
             kept_SB = sequence_shard(rows.has_row_N.view(b, s).transpose(0, 1), *self.sequence_shard)
-            self._count(decision, kept_SB)
+            self._count(decision, kept_SB, rows)
             return self._skipping(x_BSH, context, decision, rows, kept_SB)
         self._count(decision, decision.light_SB)
         if self.training:
             x_BSH = self._regularise(x_BSH, decision, context)
         return (self._densely(x_BSH, context, decision),) * 2
 
-    def _count(self, decision: RouteDecision, kept_SB: Tensor) -> None:
+    def _count(self, decision: RouteDecision, kept_SB: Tensor, rows: TokenRows | None = None) -> None:
         # A recomputed layer passes twice, only the second time with gradients.
         if self.training and torch.is_grad_enabled() and self.statistics is not None:
-            self.statistics.add(decision, kept_SB)
+            self.statistics.add(decision, kept_SB, rows)
 
     def _light_rows(self, decision: RouteDecision, context: ForwardContext) -> TokenRows:
         forced = context.forced_light_SB is not None

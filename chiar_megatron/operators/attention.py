@@ -49,14 +49,16 @@ class SelfAttention(MegatronModule):
         self.heads = config.num_attention_heads // tensor_parallel_size
         self.groups = config.num_query_groups // tensor_parallel_size
         self.per_group = self.heads // self.groups
-        self.rotary = RotaryEmbedding(config.kv_channels, model.rotary_base, model.seq_length)
+        self.rotary = RotaryEmbedding(
+            config.kv_channels, model.rotary_base, model.seq_length, model.rotary_scaling
+        )
         query_width = config.num_attention_heads * config.kv_channels
         self.linear_qkv = ColumnParallelLinear(
             config.hidden_size,
             query_width + 2 * config.num_query_groups * config.kv_channels,
             config=config,
             init_method=config.init_method,
-            bias=config.add_bias_linear,
+            bias=config.add_qkv_bias,
             gather_output=False,
             tp_group=pg_collection.tp,
         )

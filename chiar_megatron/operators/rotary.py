@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from chiar_megatron.config.schema import RotaryScalingConfig
 from chiar_megatron.runtime.device import current_device
 from chiar_megatron.runtime.paths import kernels_available
 
@@ -15,28 +17,50 @@ from chiar_megatron.runtime.paths import kernels_available
 class RotaryEmbedding(torch.nn.Module):
     """Rotate-half rotary positions over the whole head (RoFormer; halves as in Llama)."""
 
-    def __init__(self, head_size: int, base: float, max_length: int) -> None:
+    def __init__(self, head_size: int, base: float, max_length: int, scaling: RotaryScalingConfig) -> None:
         """max_length: positions expected; later ones make the tables grow."""
         super().__init__()
         self.head_size = head_size
         self.base = base
-        self._cos_SD, self._sin_SD = _rotary_tables(max_length, head_size, base, current_device())
+        self.scaling = scaling
+        self._cos_SD, self._sin_SD = _rotary_tables(max_length, head_size, base, scaling, current_device())
 
     def forward(self, positions_X: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[x, 1, d/2]` float32 of positions that all lie before `end`."""
         if self._cos_SD.shape[0] < end or self._cos_SD.device != positions_X.device:
             length = max(end, 2 * self._cos_SD.shape[0])  # generation asks token by token
-            tables = _rotary_tables(length, self.head_size, self.base, positions_X.device)
+            tables = _rotary_tables(length, self.head_size, self.base, self.scaling, positions_X.device)
             self._cos_SD, self._sin_SD = tables
         return self._cos_SD[positions_X][:, None], self._sin_SD[positions_X][:, None]
 
 
 @lru_cache(maxsize=4)
-def _rotary_tables(length: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rotary_tables(
+    length: int, head_size: int, base: float, scaling: RotaryScalingConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin `[length, d/2]` float32, shared by all layers."""
-    exponent_D = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    angle_SD = torch.outer(torch.arange(length, dtype=torch.float32, device=device), base**-exponent_D)
+    position_S = torch.arange(length, dtype=torch.float32, device=device)
+    angle_SD = torch.outer(position_S, rotary_frequencies(head_size, base, scaling, device))
     return angle_SD.cos(), angle_SD.sin()
+
+
+def rotary_frequencies(
+    head_size: int, base: float, scaling: RotaryScalingConfig, device: torch.device
+) -> Tensor:
+    """Radians a position turns each pair of a head by, float32 `[d/2]`.
+
+    Source of llama3's scaling: Llama 3.1 (Grattafiori et al., 2024) as transformers computes it.
+    """
+    exponent_D = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+    frequency_D = base**-exponent_D
+    if scaling.rope_type == "none":
+        return frequency_D
+    if scaling.rope_type == "linear":
+        return frequency_D / scaling.factor
+    turns_D = scaling.original_max_position_embeddings * frequency_D / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_D = ((turns_D - low) / (high - low)).clamp(0.0, 1.0)
+    return kept_D * frequency_D + (1.0 - kept_D) * frequency_D / scaling.factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class TokenRows:
     has_row_N: bool.
     rest_N, rest_count: int32, the tokens without a row, as many as rest_count `[1]` says; None where nobody
         has counted them.
+    wanted: int64 `[]`, how many tokens were to have a row, before any cut; None where nobody has counted.
     """
 
     index_R: Tensor
@@ -32,19 +33,21 @@ class TokenRows:
     has_row_N: Tensor
     rest_N: Tensor | None = None
     rest_count: Tensor | None = None
+    wanted: Tensor | None = None
 
 
-def rows_of(chosen_N: Tensor, capacity: int | None = None) -> TokenRows:
+def rows_of(chosen_N: Tensor, capacity: int | None = None, wanted: Tensor | None = None) -> TokenRows:
     """The rows of the chosen tokens (bool `[N]`), at most `capacity` of them.
 
     capacity: number of rows, a constant whatever the choice; None: exactly as many as are chosen, which
-    the host must wait for.
+    the host must wait for. wanted: see `TokenRows`.
     """
     if capacity is None:
         index_R = chosen_N.nonzero().squeeze(1)
         slot_N = torch.zeros_like(chosen_N, dtype=torch.int64)
         slot_N[index_R] = torch.arange(len(index_R), device=index_R.device)
-        return TokenRows(index_R, torch.ones_like(index_R, dtype=torch.bool), slot_N, chosen_N)
+        valid_R = torch.ones_like(index_R, dtype=torch.bool)
+        return TokenRows(index_R, valid_R, slot_N, chosen_N, wanted=wanted)
     count_N = chosen_N.cumsum(0)
     slot_N = torch.where(chosen_N, count_N - 1, 0)
     # What is not chosen is written into one row too many, which is cut off.
@@ -52,7 +55,7 @@ def rows_of(chosen_N: Tensor, capacity: int | None = None) -> TokenRows:
     tokens_N = torch.arange(len(chosen_N), device=chosen_N.device)
     index_R = index_R.scatter(0, torch.where(chosen_N, slot_N, capacity), tokens_N)[:capacity]
     valid_R = torch.arange(capacity, device=chosen_N.device) < count_N[-1]
-    return TokenRows(torch.where(valid_R, index_R, 0), valid_R, slot_N, chosen_N)
+    return TokenRows(torch.where(valid_R, index_R, 0), valid_R, slot_N, chosen_N, wanted=wanted)
 
 
 def take_rows(x_NX: Tensor, rows: TokenRows) -> Tensor:

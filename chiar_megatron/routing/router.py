@@ -121,7 +121,7 @@ class BlendRouter(Router):
             if not self.training and not torch.is_grad_enabled() and weights_SBO.shape[-1] == RBF:
                 # Nothing to train: a choice between two operators, each computed for its tokens alone.
                 return RouteDecision(choice_SB == ATTENTION, score_SB, entropy_SB)
-            weights_SBO = _straight_through(choice_SB, weights_SBO)
+            weights_SBO = straight_through(choice_SB, weights_SBO)
         return RouteDecision(choice_SB == ATTENTION, score_SB, entropy_SB.detach(), weights_SBO=weights_SBO)
 
     def force(self, decision: RouteDecision, light_SB: Tensor) -> RouteDecision:
@@ -134,7 +134,7 @@ class BlendRouter(Router):
             forced_SB = torch.where(light_SB, ATTENTION, SPECTRAL)
             keep_SB = own_SB == light_SB
             choice_SB = torch.where(keep_SB, weights_SBO.argmax(dim=-1), forced_SB)
-            weights_SBO = _straight_through(choice_SB, weights_SBO)
+            weights_SBO = straight_through(choice_SB, weights_SBO)
         else:
             light_SB = decision.light_SB
         return RouteDecision(light_SB, decision.score_SB, decision.entropy_SB, weights_SBO=weights_SBO)
@@ -157,7 +157,7 @@ class RandomRouter(Router):
         assert context.tokens_BS is not None, "the random router needs token ids"
         tokens_SB = context.tokens_BS.transpose(0, 1)
         positions_S1 = torch.arange(tokens_SB.shape[0], device=tokens_SB.device)[:, None]
-        score_SB = _hash_to_unit(
+        score_SB = hash_to_unit(
             (positions_S1 + context.position_offset) * 1_000_003 + tokens_SB * 7_919 + self.salt
         )
         score_SB = sequence_shard(score_SB, *shard)
@@ -199,12 +199,13 @@ def blend_entropy(weights_SBO: Tensor, sum_over_shards: Callable[[Tensor], Tenso
     return entropy
 
 
-def _straight_through(choice_SB: Tensor, weights_SBO: Tensor) -> Tensor:
+def straight_through(choice_SB: Tensor, weights_SBO: Tensor) -> Tensor:
+    """The one-hot of a choice, with the gradient of the weights it was taken from."""
     one_hot = F.one_hot(choice_SB, weights_SBO.shape[-1]).to(weights_SBO.dtype)
     return one_hot + weights_SBO - weights_SBO.detach()
 
 
-def _hash_to_unit(numbers: Tensor) -> Tensor:
+def hash_to_unit(numbers: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele et al., 2014) on int64, to float32 in [0, 1)."""
     z = numbers * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
     z = (z ^ _shift_right(z, 30)) * -4658895280553007687

@@ -73,10 +73,12 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, env: ProcessEnv
         _join(device, runtime, env)
     from megatron.core import parallel_state
 
+    virtual = parallel.virtual_pipeline_model_parallel_size
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             context_parallel_size=parallel.context_parallel_size,
             distributed_timeout_minutes=max(1, int(runtime.collective_timeout_seconds / 60)),
             # With gloo as the main backend a second gloo group for each would only cost connections.

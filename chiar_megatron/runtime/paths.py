@@ -38,16 +38,29 @@ def compiles(device: torch.device, tensor_model_parallel_size: int, wanted: bool
     return device.type == "cuda" and has_triton() and tensor_model_parallel_size == 1
 
 
-def replays_steps(config: RunConfig, device: torch.device) -> bool:
-    """Whether forward and backward of a step are replayed as a CUDA graph: where all shapes are fixed, one
-    process holds whole layers of the whole model, and the recipe does not say otherwise."""
+def would_compile(config: RunConfig) -> bool:
+    """Whether a CUDA device with Triton would compile this recipe's layers."""
+    wanted, tensor = config.runtime.compile, config.parallel.tensor_model_parallel_size
+    return tensor == 1 if wanted is None else wanted
+
+
+def would_replay(config: RunConfig) -> bool:
+    """Whether a CUDA device with our kernels would replay forward and backward of this recipe's steps as a
+    CUDA graph: where all shapes are fixed, one process holds whole layers of the whole model, and the recipe
+    does not say otherwise."""
     parallel = config.parallel
     fixed = "R" not in config.model.schedule or has_fixed_rows(config.model.router)
     alone = parallel.tensor_model_parallel_size == parallel.pipeline_model_parallel_size == 1
-    able = device.type == "cuda" and kernels_available(device) and fixed and alone
+    # Overlapped, a step's communication is begun by hooks on the host, which a replay does not call.
+    alone = alone and not parallel.overlap_grad_reduce
     # A graph may choose other algorithms than the first steps, which run without it.
-    able = able and not config.training.deterministic
+    able = fixed and alone and not config.training.deterministic
     return able and config.runtime.cuda_graph is not False
+
+
+def replays_steps(config: RunConfig, device: torch.device) -> bool:
+    """Whether this device does so."""
+    return device.type == "cuda" and kernels_available(device) and would_replay(config)
 
 
 def prefer_attention_backends(device: torch.device) -> None:

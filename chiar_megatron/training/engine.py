@@ -9,20 +9,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from chiar_megatron.config.mcore import ddp_config
+from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.dataset import TokenBatch
 from chiar_megatron.model.build import SHARDING_METADATA, build_model
+from chiar_megatron.model.gpt import ChiarModel
 from chiar_megatron.model.initialize import initialize_parameters
 from chiar_megatron.routing.balance import move_thresholds
 from chiar_megatron.runtime.distributed import World, seed_random_streams
 from chiar_megatron.runtime.paths import compiles, replays_steps
 from chiar_megatron.training.cuda_graph import GraphedPass, Pass, use_side_stream
+from chiar_megatron.training.data_parallel import wrap
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
+from chiar_megatron.training.detail import Detail, Stopwatch
 from chiar_megatron.training.main_gradients import CopiedGradients
 from chiar_megatron.training.optimizer import (
     LearningRate,
@@ -96,25 +98,33 @@ class MegatronEngine:
         graphed = alone and replays_steps(config, world.device)
         if graphed:
             use_side_stream()
-        self.module = build_model(config, world)
-        initialize_parameters(self.module, config.training.seed)
+        virtual = config.parallel.virtual_pipeline_model_parallel_size
+        vp_stages: Sequence[int | None] = range(virtual) if virtual > 1 else (None,)
+        self.chunks = [build_model(config, world, vp_stage) for vp_stage in vp_stages]
         tensor_parallel_size = config.parallel.tensor_model_parallel_size
         self.compiles = compiles(world.device, tensor_parallel_size, config.runtime.compile)
-        if self.compiles:
-            self.module.compile_parts()
-        self.model = DistributedDataParallel(
-            config=self.module.config, ddp_config=ddp_config(config), module=self.module
-        )
-        self.optimizer = build_optimizer(config, self.model)
+        for chunk in self.chunks:
+            initialize_parameters(chunk, config.training.seed)
+            if self.compiles:
+                chunk.compile_parts()
+        self.wrapped = wrap(config, self.chunks)
+        self.optimizer = build_optimizer(config, self.wrapped)
         self.learning_rate = LearningRate(config.optimizer, self.optimizer)
-        self.module.config.no_sync_func = self.model.no_sync
         self.forward_step = ForwardStep(world.device, recorder, replay)
         self.forward_backward = get_forward_backward_func()
         self._train_pass: Pass = partial(self._run, forward_only=False)
         if graphed:
             self._train_pass = GraphedPass(CopiedGradients(self._train_pass, self.module))
+        self.stopwatch = Stopwatch(world.device)
+        self._last_sums: DeviceSums | None = None
         # Steps that may be under way while the host judges the one before.
         self.steps_ahead = 1 if world.device.type == "cuda" else 0
+
+    @property
+    def module(self) -> ChiarModel:
+        """This process's stage, of a pipeline that is not interleaved."""
+        (module,) = self.chunks
+        return module
 
     def train_step(
         self, batches: Sequence[TokenBatch], step: int, requests: Callable[[], Requests] = Requests
@@ -127,20 +137,28 @@ class MegatronEngine:
         return self.launch_step(batches, step, requests).result()
 
     def launch_step(
-        self, batches: Sequence[TokenBatch], step: int, requests: Callable[[], Requests] = Requests
+        self,
+        batches: Sequence[TokenBatch],
+        step: int,
+        requests: Callable[[], Requests] = Requests,
+        detailed: bool = True,
     ) -> PendingStep:
         """`train_step` whose figures are not waited for: on CUDA all of it, whether the step is taken
-        included, is decided on the device, and the host may go on."""
+        included, is decided on the device, and the host may go on. detailed: with what log intervals tell
+        besides the sums (every rank must say the same)."""
         seed_random_streams(self.config.training.seed, step, self.world)
         learning_rate = self.learning_rate.set(step)
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for wrapped in self.wrapped:
+            wrapped.train()
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._train_pass(batches)
+        reports = self.stopwatch.time(lambda: self._train_pass(batches))
         # But for the division by the number of tokens, which would wait for the host and pass over all
         # gradients once more: the update divides.
-        finalize_model_grads([self.model], None)
-        sums = reduce_step(self.module, reports, self.world, requests())
+        finalize_model_grads(self.wrapped, None)
+        detail = self._detail(batches) if detailed else None
+        sums = reduce_step(self.chunks, reports, self.world, requests(), detail)
+        self._last_sums = sums
         self.optimizer.prepare_grads()
         # Gradients are sums over tokens; nothing divides them but the update itself.
         grad_norm = gradient_norm(self.optimizer) / sums.tokens
@@ -149,16 +167,28 @@ class MegatronEngine:
         self._update(sums, grad_norm, taken)
         return PendingStep(sums, grad_norm, taken, learning_rate)
 
+    def _detail(self, batches: Sequence[TokenBatch]) -> Detail:
+        traced = batches[0].tokens_BS.shape[0] if self.config.logging.routing_traces else 0
+        place = None
+        if self._last_sums is not None:
+            tokens_L, _, score_L, square_L = self._last_sums.routing_LF[:, :4].unbind(1)
+            mean_L = score_L / tokens_L.clamp_min(1.0)
+            variance_L = square_L / tokens_L.clamp_min(1.0) - mean_L.square()
+            place = (mean_L, variance_L.clamp_min(0.0).sqrt())
+        seconds = self.stopwatch.seconds()
+        layers = len(parse_schedule(self.config.model.schedule))
+        return Detail(layers, len(batches), place, seconds, traced)
+
     @torch.no_grad()
     def _update(self, sums: DeviceSums, grad_norm: torch.Tensor, taken: torch.Tensor) -> None:
         clip, factor = self.config.optimizer.clip_grad, 1.0 / sums.tokens
         if clip > 0.0:
             factor = factor * (clip / (grad_norm + 1.0e-6)).clamp_max(1.0)
         apply_update(self.optimizer, factor.float(), taken)
-        meta_router = meta_router_of(self.module)
+        meta_router = meta_router_of(self.chunks)
         if meta_router is not None and meta_router.config.pooling == "running":
             meta_router.update_running(sums.embedding_mean_H, taken)
-        routers = [layer.router for layer in routed_layers(self.module) if layer.router is not None]
+        routers = [layer.router for layer in routed_layers(self.chunks) if layer.router is not None]
         controllers = [router.controller for router in routers if router.controller is not None]
         if controllers:
             thresholds = [router.threshold for router in routers]
@@ -169,7 +199,7 @@ class MegatronEngine:
     @torch.no_grad()
     def validation_loss(self, batches: Sequence[TokenBatch]) -> float:
         """Mean cross entropy, nats a token, over all replicas' batches; leaves training state alone."""
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.wrapped):
             reports = self._run(batches, forward_only=True)
         loss, tokens = validation_sums(reports, self.world)
         return loss / max(tokens, 1)
@@ -177,8 +207,8 @@ class MegatronEngine:
     def _run(self, batches: Sequence[TokenBatch], forward_only: bool) -> list[torch.Tensor]:
         reports: list[torch.Tensor] = self.forward_backward(
             forward_step_func=self.forward_step,
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=[iter(batches) for _ in self.chunks],
+            model=self.wrapped,
             num_microbatches=len(batches),
             seq_length=self.config.model.seq_length,
             micro_batch_size=batches[0].tokens_BS.shape[0],
@@ -188,30 +218,49 @@ class MegatronEngine:
 
     def sharded_state(self, is_loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as megatron-core's distributed checkpoint wants them."""
-        model_state = self.module.sharded_state_dict(metadata=dict(SHARDING_METADATA))
+        weights = self.sharded_weights()
         optimizer_state = self.optimizer.sharded_state_dict(
-            model_state, is_loading=is_loading, metadata=dict(SHARDING_METADATA)
+            weights, is_loading=is_loading, metadata=dict(SHARDING_METADATA)
         )
-        return {"model": model_state, "optimizer": optimizer_state}
+        return {**weights, "optimizer": optimizer_state}
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """The weights alone, each chunk's under a name of its own."""
+        if self.config.parallel.overlap_param_gather:
+            for wrapped in self.wrapped:
+                wrapped.start_param_sync(force_sync=True)
+        return {
+            name: chunk.sharded_state_dict(metadata=dict(SHARDING_METADATA))
+            for name, chunk in self._named_chunks()
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take what `sharded_state` described, as loaded."""
-        self.module.load_state_dict(state["model"])
+        for name, chunk in self._named_chunks():
+            chunk.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         give_each_parameter_its_step(self.optimizer)
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        """Take weights only; float32 master weights follow them."""
-        self.module.load_state_dict(state)
+        """Take what `sharded_weights` described, as loaded; float32 master weights follow."""
+        for name, chunk in self._named_chunks():
+            chunk.load_state_dict(state[name])
         self.optimizer.reload_model_params()
+
+    def _named_chunks(self) -> list[tuple[str, ChiarModel]]:
+        if len(self.chunks) == 1:
+            return [("model", self.module)]
+        return [(f"model{number}", chunk) for number, chunk in enumerate(self.chunks)]
 
 
 @contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Dropout off and nothing counted."""
-    was_training = model.training
-    model.eval()
+    was_training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in zip(modules, was_training, strict=True):
+            module.train(training)

@@ -41,11 +41,16 @@ from chiar_megatron.training.signals import StopSignals
 _log = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, world: World, signals: StopSignals | None = None) -> int:
+def pretrain(
+    config: RunConfig,
+    world: World,
+    signals: StopSignals | None = None,
+    open_streams: Callable[[RunConfig], Streams] | None = None,
+) -> int:
     """Train, or continue, the run of a recipe; returns the exit code (0 done, 75 stopped, resumable).
 
-    signals: noted since the process began; None notes them from now on. Raises ChiarError for whatever
-    the user can mend.
+    signals: noted since the process began; None notes them from now on. open_streams: called on every rank
+    with the resolved config; None reads what `data` names. Raises ChiarError for whatever the user can mend.
     """
     signals = signals or StopSignals()
     config = resolve(config)
@@ -56,7 +61,10 @@ def pretrain(config: RunConfig, world: World, signals: StopSignals | None = None
         set_deterministic()
     trainer = None
     try:
-        streams = build_streams(config, is_builder=world.is_main, barrier=dist.barrier)
+        if open_streams is None:
+            streams = build_streams(config, is_builder=world.is_main, barrier=dist.barrier)
+        else:
+            streams = open_streams(config)
         if streams.train is None:
             raise DataError(
                 "data.train is empty: give the prefix of preprocessed files (see `chiar preprocess`)"
@@ -118,7 +126,10 @@ class Trainer:
         batches = read_ahead(self._train, self._layout(), self.step, last, self.config.data.num_workers)
         stop_reason = None
         for step, step_batches in enumerate(batches, start=self.step):
-            self.under_way.append(self.engine.launch_step(step_batches, step, self.schedule.requests))
+            detailed = self.reporter.is_due(step + 1) or self.schedule.validation_due(step + 1)
+            self.under_way.append(
+                self.engine.launch_step(step_batches, step, self.schedule.requests, detailed)
+            )
             # The device works on while the host judges the step before, unless what follows this step needs
             # the weights as they are after it.
             waits = self.save_asked or self.bad_in_a_row > 0 or self.schedule.waits_for(step + 1)
@@ -222,6 +233,7 @@ class Trainer:
         layout = {
             "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
             "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+            "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
             "data_parallel_size": self.world.data_parallel_size,
         }
         return make_info(self.step, self.tokens_seen, True, layout, to_dict(self.config))

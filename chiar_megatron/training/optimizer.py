@@ -21,23 +21,32 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from chiar_megatron.config.mcore import optimizer_config
 from chiar_megatron.config.schema import OptimizerConfig, RunConfig
+from chiar_megatron.model.initialize import follows_width, width_scale
 from chiar_megatron.runtime.cpu import name_parameters_as_cuda
 from chiar_megatron.runtime.device import current_device
 
+_FOLLOWS_WIDTH = "follows_width"  # attribute of a parameter that µP scales
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
 
-def build_optimizer(config: RunConfig, model: DistributedDataParallel) -> ChainedOptimizer:
+def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
     """AdamW over a stage's parameters; norms, biases and filters (all that is one-dimensional) undecayed."""
-    name_parameters_as_cuda(model.parameters())
+    for chunk in chunks:
+        name_parameters_as_cuda(chunk.parameters())
     one_dimensional = ParamKey(predicate=ParamPredicate(name="one_dimensional", fn=_is_one_dimensional))
-    settings = optimizer_config(
-        config.optimizer, config.training.precision, config.parallel.distributed_optimizer
-    )
+    overrides: dict[ParamKey, dict[str, float]] = {one_dimensional: {"wd_mult": 0.0}}
+    scale = width_scale(config.model)
+    if scale != 1.0:
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                setattr(parameter, _FOLLOWS_WIDTH, follows_width(name, parameter))
+        wide = ParamKey(predicate=ParamPredicate("follows_width", _follows_width))
+        overrides[wide] = {"lr_mult": scale}
+    settings = optimizer_config(config.optimizer, config.training.precision, config.parallel)
     optimizer = get_megatron_optimizer(
         settings,
-        [model],
-        config_overrides={one_dimensional: {"wd_mult": 0.0}},
+        chunks,
+        config_overrides=overrides,
         use_gloo_process_groups=False,
     )
     for inner in optimizer.chained_optimizers:
@@ -56,6 +65,10 @@ def _copy_at_once(inner: Float16OptimizerWithFloat16Params) -> None:
     """Master weights to the model's, in few launches: without apex megatron-core copies one by one."""
     model_data, main_data = inner._get_model_and_main_params_data_float16()
     torch._foreach_copy_(model_data, main_data)
+
+
+def _follows_width(parameter: torch.Tensor) -> bool:
+    return bool(getattr(parameter, _FOLLOWS_WIDTH, False))
 
 
 def _is_one_dimensional(parameter: torch.Tensor) -> bool:
@@ -173,7 +186,8 @@ class LearningRate:
         """
         for group in self.optimizer.param_groups:
             # A loaded checkpoint brings its own: the recipe's count.
-            group["max_lr"], group["min_lr"] = self.config.lr, self.config.min_lr
+            scale = group["lr_mult"]  # µP's
+            group["max_lr"], group["min_lr"] = self.config.lr * scale, self.config.min_lr * scale
             group["betas"] = (self.config.beta1, self.config.beta2)
             group["eps"] = self.config.eps
         self.scheduler.num_steps = step + 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,23 @@ import torch
 
 from chiar_megatron.config.load import to_dict
 from chiar_megatron.config.routing import computes_all
+from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
+from chiar_megatron.metrics.alarms import RoutingAlarms
+from chiar_megatron.metrics.jsonl import read_events, read_metrics
 from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
 from chiar_megatron.metrics.progress import ProgressLine
+from chiar_megatron.metrics.routing import BalanceSummary
+from chiar_megatron.metrics.traces import TraceWriter
 from chiar_megatron.metrics.writers import MultiWriter, open_writers
 from chiar_megatron.model.accounting import model_flops_per_token, parameter_count
+from chiar_megatron.model.pipeline import pipeline_cut
 from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.runtime.paths import compiles, describe_paths, replays_steps
 from chiar_megatron.training.engine import StepResult
 
-OVERFLOW_STEPS, OVERFLOW_ALARM = 50, 0.01  # mean share of light tokens without a row, over so many steps
+_log = logging.getLogger(__name__)
 
 
 def describe(config: RunConfig, world: World) -> list[str]:
@@ -30,14 +37,21 @@ def describe(config: RunConfig, world: World) -> list[str]:
     model, parallel, training = config.model, config.parallel, config.training
     count = parameter_count(model)
     layout = [f"tensor {world.tensor_parallel_size}{' with sequence' if parallel.sequence_parallel else ''}"]
-    layout += [f"pipeline {world.pipeline_size}", f"data {world.data_parallel_size}"]
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    interleaved = f" in {virtual} chunks each" if virtual > 1 else ""
+    layout += [f"pipeline {world.pipeline_size}{interleaved}", f"data {world.data_parallel_size}"]
     if parallel.distributed_optimizer:
         layout.append("distributed optimizer")
+    overlapped = {"gradients": parallel.overlap_grad_reduce, "weights": parallel.overlap_param_gather}
+    if any(overlapped.values()):
+        layout.append(" and ".join(name for name, on in overlapped.items() if on) + " communicated meanwhile")
     lines = [
         f"model {model.schedule}: {count.total:,} parameters, {count.non_embedding:,} without embeddings",
         f"{world.size} process(es): {', '.join(layout)}; {training.precision} on {world.device.type}; "
         f"{training.global_batch_size * model.seq_length:,} tokens a step",
     ]
+    if world.pipeline_size > 1:
+        lines.append(f"pipeline cut ({parallel.layout}) {pipeline_cut(config)}")
     if "R" in model.schedule:
         lines.append(_routing_line(model, training))
     lines += [f"{part}: {path} ({why})" for part, path, why in describe_paths(world.device)]
@@ -78,10 +92,16 @@ class Reporter:
         self.progress = ProgressLine(config.training.steps, sys.stdout.isatty())
         self.writers: MultiWriter | None = None
         self.restarts = 0
-        self.overflow: deque[float] = deque(maxlen=OVERFLOW_STEPS)
+        kinds = parse_schedule(config.model.schedule)
+        self.alarms = RoutingAlarms([number for number, kind in enumerate(kinds, 1) if kind == "R"])
+        self.traces: TraceWriter | None = None
         if world.is_main:
             self.writers = open_writers(run_dir, config.logging, step, to_dict(config))
             self.restarts = self.writers.restarts
+            if step > 0:
+                self.alarms.replay(read_metrics(run_dir), read_events(run_dir), step)
+            if config.logging.routing_traces:
+                self.traces = TraceWriter(run_dir, config.logging.routing_traces, step)
             for line in describe(config, world):
                 self.say(line)
             if step > 0:
@@ -91,13 +111,15 @@ class Reporter:
         """Time that is not training's."""
         self.throughput.pause(seconds)
 
+    def is_due(self, step: int) -> bool:
+        """Whether a record follows this step by its number alone; every rank answers alike."""
+        return step % self.config.logging.log_interval_steps == 0 or step == self.config.training.steps
+
     def step(self, step: int, tokens_seen: int, result: StepResult, validation: dict[str, float]) -> None:
         """Report one finished step."""
         self.throughput.add_tokens(result.sums.tokens)
-        self._watch_overflow(step, result)
-        training = self.config.training
-        due = step % self.config.logging.log_interval_steps == 0 or step == training.steps or validation
-        if self.writers is None or not due:
+        self._watch(step, result)
+        if self.writers is None or not (self.is_due(step) or validation):
             return
         reading = self.throughput.update(step, time.monotonic())
         routing = result.sums.routing
@@ -110,12 +132,18 @@ class Reporter:
             "step_seconds": reading.step_seconds,
             "tokens_seen": tokens_seen,
             "routed_fraction": routing.routed_fraction,
-            "entropy_mean": routing.entropy_mean,
+            "useful_over_executed": routing.useful_over_executed,
             "overflow_fraction": routing.overflow_fraction,
+            "entropy_mean": routing.entropy_mean,
+            "score_mean": routing.score_mean,
+            "score_std": routing.score_std,
             "gate": result.sums.gate,
             "bad_steps": self.bad_steps,
+            "alarms": self.alarms.figures(),
         }
-        if training.z_loss > 0.0:
+        if result.sums.balance is not None:
+            metrics |= self._balance(result.sums.balance)
+        if self.config.training.z_loss > 0.0:
             metrics["z_loss"] = result.sums.z_loss
         self._add_mfu(metrics)
         if validation:
@@ -123,18 +151,34 @@ class Reporter:
         self.writers.log(step, metrics)
         self.progress.show({**metrics, "eta_seconds": reading.eta_seconds, "restarts": self.restarts})
 
-    def _watch_overflow(self, step: int, result: StepResult) -> None:
-        """Choosing what overflows sees the future: training is causal only while next to nothing does."""
-        self.overflow.append(max(result.sums.routing.overflow_fraction, default=0.0))
-        mean = sum(self.overflow) / len(self.overflow)
-        if len(self.overflow) < OVERFLOW_STEPS or mean <= OVERFLOW_ALARM:
+    def _balance(self, balance: BalanceSummary) -> dict[str, Any]:
+        figures: dict[str, Any] = {"rank_seconds": balance.step_time()}
+        if balance.rank_max_over_mean:
+            figures["rank_max_over_mean"] = balance.rank_max_over_mean
+            figures["micro_batch_max_over_mean"] = balance.micro_batch_max_over_mean
+            figures["executed_max_over_mean"] = balance.executed_max_over_mean
+            figures["all_layers_executed_max_over_mean"] = balance.all_layers_executed_max_over_mean
+            if self.config.model.router.kind not in ("soft", "hard"):
+                figures["threshold"] = balance.threshold
+        if balance.score_histogram:
+            figures["score_histogram"] = balance.score_histogram
+        return figures
+
+    def _watch(self, step: int, result: StepResult) -> None:
+        """Alarms, each once when it begins and when it ends; and traces."""
+        routing, balance = result.sums.routing, result.sums.balance
+        imbalance = None if balance is None else balance.rank_max_over_mean
+        for change in self.alarms.step(step, routing.routed_fraction, routing.overflow_fraction, imbalance):
+            self.event("alarm" if change.active else "alarm_over", step=step, **asdict(change))
+            if self.world.is_main:
+                _log.warning("step %d, %s", step, change)
+        if self.traces is None or result.sums.traces is None:
             return
-        self.event("overflow", step=step, fraction=mean)
-        self.say(
-            f"{mean:.1%} of the light tokens found no row in the last {OVERFLOW_STEPS} steps (worst layer): "
-            "raise model.router.slack"
-        )
-        self.overflow.clear()
+        try:
+            self.traces.write(step, result.sums.traces)
+        except OSError as error:
+            _log.warning("routing traces cannot be written (%s); training goes on without them", error)
+            self.traces = None
 
     def _add_mfu(self, metrics: dict[str, Any]) -> None:
         if self.world.device.type != "cuda":

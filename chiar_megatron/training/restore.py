@@ -15,7 +15,6 @@ from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.dataset import parse_skipped
 from chiar_megatron.errors import CheckpointError
-from chiar_megatron.model.build import SHARDING_METADATA
 from chiar_megatron.training.engine import MegatronEngine
 
 _log = logging.getLogger(__name__)
@@ -23,12 +22,13 @@ _log = logging.getLogger(__name__)
 # Fields that decide which tensors there are and of which shape.
 _SHAPE_FIELDS = (
     "schedule", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "vocab_size", "activation", "norm", "normalization", "add_bias", "tie_embeddings",
+    "vocab_size", "activation", "norm", "normalization", "add_bias", "add_qkv_bias", "tie_embeddings",
     "router.kind", "router.operators", "meta_router.enabled",
 )  # fmt: skip
 # Fields that change what the same tensors compute.
 _MEANING_FIELDS = (
-    "norm_epsilon", "rotary_base", "router.dc_power_weight", "router.keys_values", "meta_router.pooling",
+    "norm_epsilon", "rotary_base", "rotary_scaling",
+    "router.dc_power_weight", "router.keys_values", "meta_router.pooling",
 )  # fmt: skip
 # Fields on which the order of samples rests: changed in mid-run, samples would be skipped or repeated.
 _ORDER_FIELDS = (
@@ -128,8 +128,7 @@ def _load_weights(config: RunConfig, engine: MegatronEngine, store: CheckpointSt
     damage = store.verify(folder)
     if damage is not None:
         raise CheckpointError(f"training.init_from {folder} is damaged: {damage}")
-    state = load_state(folder, {"model": engine.module.sharded_state_dict(metadata=dict(SHARDING_METADATA))})
-    engine.load_weights(state["model"])
+    engine.load_weights(load_state(folder, engine.sharded_weights()))
     _log.info("weights from %s (step %d)", folder, info.step)
     wanted, found = to_dict(config)["model"], info.config["model"]
     return [

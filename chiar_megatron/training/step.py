@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chiar_megatron.data.dataset import TokenBatch
-from chiar_megatron.metrics.routing import RoutingSummary
+from chiar_megatron.metrics.routing import BalanceSummary, RoutingSummary
+from chiar_megatron.metrics.traces import StepTraces
 from chiar_megatron.model.gpt import ChiarModel
 from chiar_megatron.model.layer import ChiarLayer
 from chiar_megatron.operators.context import ForwardContext
@@ -20,6 +21,8 @@ from chiar_megatron.routing.meta_router import MetaRouter
 from chiar_megatron.routing.statistics import FIELDS, take_all
 from chiar_megatron.runtime.distributed import World
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
+from chiar_megatron.training.detail import Detail, of_all_layers
+from chiar_megatron.training.packing import Packing
 
 LOSS, Z_LOSS, TOKENS, STOP, SAVE = range(5)  # places of the scalars that every rank may add to
 SCALARS = SAVE + 1
@@ -89,6 +92,9 @@ class StepSums:
     gate: float | None
     requests: Requests
     routing: RoutingSummary
+    balance: BalanceSummary | None
+    """Of steps that are told in detail."""
+    traces: StepTraces | None
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,8 @@ class DeviceSums:
     """The same on the device, where the update needs it: one float64 tensor that all ranks hold alike."""
 
     packed: Tensor
-    layers: int
-    hidden_size: int
+    packing: Packing
+    detail: Detail | None
 
     @property
     def loss(self) -> Tensor:
@@ -112,69 +118,90 @@ class DeviceSums:
     @property
     def routing_LF(self) -> Tensor:
         """Routing counts of every layer, columns as in `statistics.FIELDS`."""
-        return self.packed[SCALARS : SCALARS + self.layers * len(FIELDS)].view(self.layers, len(FIELDS))
+        return self.packing.part(self.packed, "routing")
 
     @property
     def embedding_mean_H(self) -> Tensor:
         """Mean embedding of the step (0 unless the MetaRouter's pooling is `running`)."""
-        meta = self.packed[-(self.hidden_size + 2) :]
+        meta = self.packing.part(self.packed, "meta")
         return meta[:-2] / meta[-1].clamp_min(1.0)
 
     def read(self, packed: Tensor) -> StepSums:
         """packed: a copy of `self.packed` on the host."""
-        routing_LF = packed[SCALARS : -(self.hidden_size + 2)].view(self.layers, len(FIELDS))
-        gate_sum, meta_tokens = packed[-2:].tolist()
-        loss, z_loss, tokens, stop, save = packed[:SCALARS].tolist()
+        parts = {name: self.packing.part(packed, name) for name in self.packing.shapes}
+        gate_sum, meta_tokens = parts["meta"][-2:].tolist()
+        loss, z_loss, tokens, stop, save = parts["scalars"].tolist()
         divisor = max(int(tokens), 1)
+        routing = RoutingSummary.from_sums(parts["routing"])
+        balance = traces = None
+        if self.detail is not None:
+            balance = BalanceSummary.from_parts(parts, routing.layers, self.detail.micro_batches)
+            traces = StepTraces.from_parts(parts, routing.layers)
         return StepSums(
             loss=loss / divisor,
             z_loss=z_loss / divisor,
             tokens=int(tokens),
             gate=gate_sum / meta_tokens if meta_tokens > 0 else None,
             requests=Requests(stop=stop > 0.0, save=save > 0.0),
-            routing=RoutingSummary.from_sums(routing_LF),
+            routing=routing,
+            balance=balance,
+            traces=traces,
         )
 
 
-def reduce_step(model: ChiarModel, reports: list[Tensor], world: World, requests: Requests) -> DeviceSums:
-    """Sum every rank's counts in one all-reduce of about `hidden + 6·layers` numbers (float64).
+def reduce_step(
+    chunks: Sequence[ChiarModel],
+    reports: list[Tensor],
+    world: World,
+    requests: Requests,
+    detail: Detail | None = None,
+) -> DeviceSums:
+    """Sum every rank's counts in one all-reduce of about `hidden + 7·layers` numbers (float64), with
+    `detail` a few more for each layer and replica.
 
     A number that several ranks hold alike is given by one of them. No host synchronisation.
     """
-    layers, hidden = model.config.num_layers, model.config.hidden_size
+    config = chunks[0].config
+    layers, hidden = config.num_layers, config.hidden_size
     scalars = torch.zeros(SCALARS, dtype=torch.float64, device=world.device)
     speaks_for_copies = world.tensor_parallel_rank == 0
     if reports and world.is_last_stage and speaks_for_copies:
         scalars[: TOKENS + 1] = torch.stack(reports).sum(0)
     scalars[STOP].fill_(float(requests.stop))
     scalars[SAVE].fill_(float(requests.save))
-    owns_part = model.config.sequence_parallel or speaks_for_copies
+    owns_part = config.sequence_parallel or speaks_for_copies
     sums_LF = torch.zeros(layers, len(FIELDS), dtype=torch.float64, device=world.device)
-    routed = routed_layers(model)
+    routed, counts = routed_layers(chunks), None
     if routed:
-        taken_LF = take_all([layer.statistics for layer in routed if layer.statistics is not None])
+        counts = take_all([layer.statistics for layer in routed if layer.statistics is not None])
         if owns_part:
-            for row, layer in enumerate(routed):
-                sums_LF[layer.layer_number - 1] = taken_LF[row]
+            rows = [layer.layer_number - 1 for layer in routed]
+            sums_LF = of_all_layers(counts.sums_LF, rows, layers)
     meta = torch.zeros(hidden + 2, dtype=torch.float64, device=world.device)
-    meta_router = meta_router_of(model)
+    meta_router = meta_router_of(chunks)
     if meta_router is not None:
         taken = meta_router.take_pending()
         if owns_part:
             meta = taken
-    packed = torch.cat((scalars, sums_LF.flatten(), meta))
+    parts = {"scalars": scalars, "routing": sums_LF, "meta": meta}
+    if detail is not None:
+        parts |= detail.parts(routed, counts, world, owns_part)
+    # Every rank makes the same shapes, whatever layers it holds.
+    packing = Packing({name: tuple(part.shape) for name, part in parts.items()})
+    packed = packing.pack(parts)
     dist.all_reduce(packed)
-    return DeviceSums(packed, layers, hidden)
+    return DeviceSums(packed, packing, detail)
 
 
-def routed_layers(model: ChiarModel) -> list[ChiarLayer]:
-    """The routed layers of this stage, in order."""
-    return [layer for layer in model.chiar_layers if layer.kind == "R"]
+def routed_layers(chunks: Sequence[ChiarModel]) -> list[ChiarLayer]:
+    """The routed layers of this process, in order."""
+    return [layer for chunk in chunks for layer in chunk.chiar_layers if layer.kind == "R"]
 
 
-def meta_router_of(model: ChiarModel) -> MetaRouter | None:
-    """The stage's MetaRouter, if layer 1 is here and has one."""
-    return next((layer.meta_router for layer in model.chiar_layers if layer.meta_router is not None), None)
+def meta_router_of(chunks: Sequence[ChiarModel]) -> MetaRouter | None:
+    """This process's MetaRouter, if layer 1 is here and has one."""
+    gates = (layer.meta_router for chunk in chunks for layer in chunk.chiar_layers)
+    return next((gate for gate in gates if gate is not None), None)
 
 
 def validation_sums(reports: list[Any], world: World) -> tuple[float, int]:

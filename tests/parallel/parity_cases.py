@@ -117,14 +117,21 @@ CASES: dict[str, RunConfig] = {
 
 
 def _layout(
-    tensor: int = 1, sequence: bool = False, pipeline: int = 1, sharded: bool = False
+    tensor: int = 1, sequence: bool = False, pipeline: int = 1, sharded: bool = False, **options: Any
 ) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
         sequence_parallel=sequence,
         pipeline_model_parallel_size=pipeline,
         distributed_optimizer=sharded,
+        **options,
     )
+
+
+# What communicates while it computes; the workers cut buckets so small that there are many.
+_GRADS: dict[str, Any] = dict(overlap_grad_reduce=True)
+_OVERLAPPED: dict[str, Any] = dict(sharded=True, overlap_grad_reduce=True, overlap_param_gather=True)
+_VPP: dict[str, Any] = dict(virtual_pipeline_model_parallel_size=2)
 
 
 _TWIN, _KEYS, _SOFT = "twin", "learned, routed keys, masked documents", "soft, RBF, collapse"
@@ -138,6 +145,11 @@ LAYOUTS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
         "TP=2": (_layout(tensor=2), _ONE_STAGE),
         "TP=2+SP": (_layout(tensor=2, sequence=True), tuple(CASES)),
         "PP=2": (_layout(pipeline=2), tuple(CASES)),
+        "PP=2, even": (_layout(pipeline=2, layout="even"), (_TWIN, _SOFT)),
+        "PP=2, embedding alone": (_layout(pipeline=2, layout="E|t*4L"), ("entropy",)),
+        "PP=2 VPP=2": (_layout(pipeline=2, **_VPP), (_TWIN, _KEYS, _SOFT, *_COUNTED)),
+        "DP=2, gradients overlapped": (_layout(**_GRADS), (_TWIN, _KEYS)),
+        "DP=2, distributed optimizer overlapped": (_layout(**_OVERLAPPED), (_TWIN, _SOFT, "entropy")),
         "DP=2": (_layout(), (_TWIN, _KEYS, *_COUNTED)),
         "DP=2, distributed optimizer": (_layout(sharded=True), (_TWIN, _SOFT, *_COUNTED)),
     },
@@ -146,6 +158,11 @@ LAYOUTS: dict[int, dict[str, tuple[ParallelConfig, tuple[str, ...]]]] = {
         "TP=2+SP PP=2": (_layout(tensor=2, sequence=True, pipeline=2), (_TWIN, _KEYS, _SOFT)),
         "TP=4+SP": (_layout(tensor=4, sequence=True), ("entropy",)),
         "PP=4": (_layout(pipeline=4), ("entropy",)),
+        "PP=4, loss alone": (_layout(pipeline=4, layout="Et|t|t*2|L"), ("entropy",)),
+        "PP=2 VPP=2 DP=2, distributed optimizer overlapped": (
+            _layout(pipeline=2, **_VPP, **_OVERLAPPED),
+            (_TWIN, _KEYS, "hard, collapse, z-loss"),
+        ),
     },
     8: {
         "TP=2+SP PP=2 DP=2, distributed optimizer": (

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from chiar_megatron.config.schema import ParallelConfig, RunConfig
+from chiar_megatron.model.pipeline import pipeline_layout
+from chiar_megatron.planning.weights import stage_parameters
 from tests.parallel.harness import run_ranks
 from tests.parallel.parity_cases import CASES, LAYOUTS, RBF, calibrated, one_process
 from tests.parallel.workers_parity import STEPS, Answer, Piece, start_layout, train_case
@@ -193,6 +195,18 @@ def test_starts_from_the_same_full_tensors(launches, references, size, layout, c
     ranks = launches.of(size, layout, case)["replayed"]
     for name, tensor, expected in gathered(ranks, "initial", references[case].answer.initial):
         assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.parametrize(("size", "layout", "case"), RUNS)
+def test_the_plan_counts_what_each_rank_holds(launches, references, size, layout, case):
+    ranks = launches.of(size, layout, case)["replayed"]
+    config = replace(references[case].config, parallel=LAYOUTS[size][layout][0])
+    stages = config.parallel.pipeline_model_parallel_size
+    for rank, answer in enumerate(ranks):
+        held = sum(piece.shard.numel() for piece in answer.initial.values())
+        stage = rank * stages // size
+        planned = stage_parameters(config.model, config.parallel, pipeline_layout(config), stage)
+        assert held == planned, rank
 
 
 @pytest.mark.parametrize(("size", "layout", "case"), RUNS)

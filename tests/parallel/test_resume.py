@@ -26,8 +26,12 @@ ONE: dict[str, Sections] = {
 TWO: dict[str, Sections] = {
     "tp2": {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "pp2-vpp2": {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}},
     "dp2": {},
     "dp2-distributed": {"parallel": {"distributed_optimizer": True}},
+    "dp2-overlapped": {
+        "parallel": {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    },
     "dp2-distributed-bf16": {"parallel": {"distributed_optimizer": True}, "training": {"precision": "bf16"}},
 }
 
@@ -45,6 +49,18 @@ MOVES: dict[str, tuple[Sections, Sections]] = {
     "to tp2 distributed": (
         DISTRIBUTED,
         {"parallel": {"tensor_model_parallel_size": 2, "distributed_optimizer": True}},
+    ),
+}
+
+# What is cut one way and goes on in another, on two processes: (before, after).
+RECUT: dict[str, tuple[Sections, Sections]] = {
+    "interleaved to even": (
+        TWO["pp2-vpp2"],
+        {"parallel": {"pipeline_model_parallel_size": 2, "layout": "even"}},
+    ),
+    "uneven to dp2 overlapped": (
+        {"parallel": {"pipeline_model_parallel_size": 2, "layout": "Et|t*3L", "distributed_optimizer": True}},
+        TWO["dp2-overlapped"],
     ),
 }
 
@@ -109,10 +125,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         together |= pair(data, folder, name, options)
     for name, (_, after) in MOVES.items():
         together |= moved_second(data, folder, name, after)
+    for name, (before, after) in RECUT.items():
+        together |= pair(data, folder, name, {**NO_DROPOUT, **before})
+        together[f"{name} second"] = recipe(data, folder / name / "parts", NO_DROPOUT, after)
     for name, (_, options) in REFUSED.items():
         together[f"refused {name}"] = recipe(data, folder / "dp2" / "whole", options)
     together |= init_from(data, folder)
-    answers = run_ranks(RUN_ALL, 2, {"recipes": together}, timeout=200)
+    answers = run_ranks(RUN_ALL, 2, {"recipes": together}, timeout=280)
     endings |= {name: [answer[name] for answer in answers] for name in together}
     return folder, endings
 
@@ -136,7 +155,7 @@ def test_the_comparison_sees_other_bits(runs: tuple[Path, dict[str, Any]]) -> No
     assert before.keys() == last.keys() and before != last
 
 
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("name", [*MOVES, *RECUT])
 def test_another_layout_goes_on_within_rounding(runs: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, endings = runs
     assert endings[f"{name} second"] == [Ending(exit_code=0)] * 2

@@ -7,13 +7,16 @@ processes and their connections are kept.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
+from chiar_megatron.config import mcore
 from chiar_megatron.config.schema import ParallelConfig, RunConfig
 from chiar_megatron.data.dataset import TokenBatch
 from chiar_megatron.data.loader import BatchLayout
@@ -24,6 +27,7 @@ from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 from chiar_megatron.training.engine import MegatronEngine
 
 STEPS = 6
+BUCKET_SIZE = 3000  # parameters; megatron-core's 40 million would make one bucket of a small model
 DOCUMENT_END = 0
 
 
@@ -89,6 +93,7 @@ def train_case(
     config: RunConfig, world: World, steps: int, replay: Optional[Path], folder: Optional[Path] = None
 ) -> Answer:
     """Train `steps` steps; decisions are this model's own, or those recorded in `replay`."""
+    mcore.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
     recorder = DecisionRecorder(folder or Path("unused"))
     engine = MegatronEngine(config, world, recorder, DecisionReplay(replay) if replay else None)
     answer = Answer(tensor_parallel_group=_tensor_parallel_group())
@@ -146,7 +151,7 @@ def _tensor_parallel_group() -> tuple[int, ...]:
 
 
 def _named(engine: MegatronEngine) -> list[tuple[str, Any]]:
-    return [(global_name(engine.module, name), p) for name, p in engine.module.named_parameters()]
+    return [(global_name(chunk, name), p) for chunk in engine.chunks for name, p in chunk.named_parameters()]
 
 
 def _piece(parameter: Any, tensor: Tensor, world: World) -> Piece:

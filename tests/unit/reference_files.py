@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chiar_megatron.conversion.convert import ConvertOptions, convert
-from chiar_megatron.conversion.reference import ReferenceOptions
+from chiar_megatron.conversion.convert import convert
+from chiar_megatron.conversion.formats import ConvertOptions, ReferenceOptions
 from chiar_megatron.inference.load import InferenceModel, load_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -16,7 +16,7 @@ FIXTURES = REPOSITORY / "tests" / "fixtures" / "reference"
 
 def converted(source: Path, destination: Path, tokenizer: str | None = None, **options) -> InferenceModel:
     reference = ReferenceOptions(**options)
-    convert("reference", "native", source, destination, ConvertOptions(reference, tokenizer))
+    convert("reference", "native", source, destination, ConvertOptions(reference, tokenizer=tokenizer))
     return load_model(destination, device="cpu")
 
 

@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from chiar_megatron.config.mcore import transformer_config
-from chiar_megatron.config.schema import ParallelConfig
+from chiar_megatron.config.schema import ParallelConfig, RotaryScalingConfig
 from chiar_megatron.operators.attention import SelfAttention
 from chiar_megatron.operators.context import ForwardContext, GenerationState
 from chiar_megatron.operators.rotary import RotaryEmbedding, rotate
@@ -133,7 +133,7 @@ def test_the_cache_gives_what_the_whole_sequence_does(shape, with_light, with_do
 
 @torch.no_grad()
 def test_rotary_positions_keep_lengths_and_depend_on_distance_alone():
-    rotary = RotaryEmbedding(8, BASE, max_length=10)  # grows
+    rotary = RotaryEmbedding(8, BASE, 10, RotaryScalingConfig())  # grows
     q, k = torch.randn(2, 1, 1, 8).expand(-1, 30, 1, 8)
     positions = torch.arange(30)
     turned_q, turned_k = (rotate(x, *rotary(positions, 30))[:, 0] for x in (q, k))

@@ -141,7 +141,7 @@ def test_unknown_override_names_the_nearest_field(recipe: Recipe, key: str, near
         ("model: {router: {treshold: 1}}", "unknown field model.router.treshold; "
          "nearest: model.router.threshold"),
         ("logging: {qqq: 1}", "unknown field logging.qqq; "
-         "fields of logging: log_interval_steps, tensorboard, wandb_project, wandb_mode"),
+         "fields of logging: log_interval_steps, tensorboard, wandb_project, wandb_mode, routing_traces"),
         ("training: {steps: abc}", "training.steps: 'abc' is not an integer"),
         ("training: {steps: 1.5}", "training.steps: '1.5' is not an integer"),
         ("training: {steps: true}", "training.steps: 'true' is not an integer"),
@@ -155,7 +155,7 @@ def test_unknown_override_names_the_nearest_field(recipe: Recipe, key: str, near
         ("data: {train: prefix}", "data.train: 'prefix' is not a list of texts, such as [\"a\", \"b\"]"),
         ("model: {schedule: {D: 1}}", "model.schedule: {'D': '1'} is not a text"),
         ("logging: 3", "logging: '3' is not a mapping; "
-         "fields: log_interval_steps, tensorboard, wandb_project, wandb_mode"),
+         "fields: log_interval_steps, tensorboard, wandb_project, wandb_mode, routing_traces"),
         ("model: {preset: 40m}", "model.preset: '40m' is unknown; use one of tiny, tiny-twin, 17m, 17m-twin, "
          "400m, 400m-twin"),
     ],
@@ -235,7 +235,8 @@ def changed_everywhere() -> RunConfig:
         "kind": "soft", "operators": "spectral_attention_rbf", "keys_values": "routed", "pooling": "causal",
         "precision": "bf16", "device": "cpu", "split": "1,2,3", "wandb_mode": "online",
         "run_dir": "runs/ä: #1", "tokenizer": "123", "capacity": "none", "dispatch": "dense",
-        "recompute": "full", "compile": True, "cuda_graph": False,
+        "recompute": "full", "compile": True, "cuda_graph": False, "add_qkv_bias": False,
+        "rope_type": "linear",
     }  # fmt: skip
 
     def other(path: str, field_type: object) -> object:
@@ -250,6 +251,8 @@ def changed_everywhere() -> RunConfig:
             return ["0.5", "a: b", "1:2"]
         if isinstance(default, (int, float)):
             return default + 1
+        if isinstance(default, str) and field_type is str:
+            return f"{default}-other"
         return {"int": 3, "float": 1e-7, "str": "null-like"}[
             str(field_type).split("[")[-1].split()[0].strip("]")
         ]

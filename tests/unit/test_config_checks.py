@@ -23,6 +23,7 @@ def problems_of(config: RunConfig, world_size: int | None = None) -> list[str]:
 
 
 TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+VPP, LAYOUT = "parallel__virtual_pipeline_model_parallel_size", "parallel__layout"
 
 
 @pytest.mark.parametrize(
@@ -39,10 +40,22 @@ TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_paral
         ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel: true needs "
          "parallel.tensor_model_parallel_size above 1"),
         ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size: 2 is not built yet; use 1"),
-        ({PP: 3}, "model.schedule: 'D R*2 A', number of layers: 4 is not divisible by "
-         "parallel.pipeline_model_parallel_size 3; use 3 or 6"),
-        ({PP: 8}, "model.schedule: 'D R*2 A', number of layers: 4 is not divisible by "
-         "parallel.pipeline_model_parallel_size 8; use 8"),
+        ({PP: 3, LAYOUT: "even"}, "model.schedule: 'D R*2 A', number of layers: 4 is not divisible by "
+         "3 stages × 1 chunks"),
+        ({PP: 8}, "model.schedule: 'D R*2 A', number of layers: 4 is too few for 8 stages × 1 chunks"),
+        ({VPP: 2}, "parallel.virtual_pipeline_model_parallel_size: 2 needs "
+         "parallel.pipeline_model_parallel_size above 1"),
+        ({PP: 2, VPP: 2, "training__micro_batch_size": 4, "training__global_batch_size": 12},
+         "training.global_batch_size: 12 gives each of 1 replicas 3 micro-batches of 4"),
+        ({PP: 2, LAYOUT: "Et*4"}, "parallel.layout: 'Et*4' must be auto, even, or chunks"),
+        ({PP: 2, LAYOUT: "Et*9999999|tL"}, "parallel.layout: 'Et*9999999|tL' names far too many"),
+        ({PP: 2, LAYOUT: "E(t*99999)*99999|tL"}, "parallel.layout: 'E(t*99999)*99999|tL' names far too many"),
+        ({PP: 2, LAYOUT: "Et*2|t|tL"}, "parallel.layout: 'Et*2|t|tL' has 3 chunks, but there are 2 stages"),
+        ({PP: 2, LAYOUT: "Et*2|tL"}, "parallel.layout: 'Et*2|tL' has 3 layers, but model.schedule has 4"),
+        ({PP: 3, LAYOUT: "Et*2||t*2L"}, "parallel.layout: 'Et*2||t*2L': a chunk is empty"),
+        ({"parallel__overlap_param_gather": True, "parallel__distributed_optimizer": True},
+         "parallel.overlap_param_gather: true needs parallel.distributed_optimizer and "
+         "parallel.overlap_grad_reduce"),
         ({"model__num_query_groups": 3}, "model.num_attention_heads: 4 is not divisible by "
          "model.num_query_groups 3; use 3 or 6"),
         ({"model__hidden_size": 99}, "model.hidden_size: 99 is not divisible by model.num_attention_heads 4; "

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from chiar_megatron.checkpoint.store import CheckpointStore
 from chiar_megatron.conversion import verify
-from chiar_megatron.conversion.convert import ConvertOptions, convert, summary
+from chiar_megatron.conversion.convert import convert, summary
+from chiar_megatron.conversion.formats import Answer, ConvertOptions, ReferenceOptions
 from chiar_megatron.conversion.keymap import group_heads
-from chiar_megatron.conversion.reference import ReferenceOptions, read_reference
+from chiar_megatron.conversion.reference import read_reference
+from chiar_megatron.conversion.reference_format import Reference
 from chiar_megatron.conversion.reference_forward import reference_forward
 from chiar_megatron.conversion.verify import compare
 from chiar_megatron.errors import ConfigError
@@ -192,13 +194,15 @@ def test_head_size_is_64_without_rotary_buffers(tmp_path):
     assert converted(source, tmp_path / "native").config.model.num_attention_heads == 2
 
 
-def test_a_tokenizer_is_noted_and_what_a_killed_conversion_left_is_replaced(tmp_path):
+def test_a_tokenizer_goes_along_and_what_a_killed_conversion_left_is_replaced(tmp_path):
     source, tokenizer = random_file(tmp_path / "a.pt", 32, 2, "DRA", vocab=400), tiny_tokenizer(tmp_path)
     leftover = tmp_path / ".native.converting"
     leftover.mkdir()
     (leftover / "half").write_text("")
     config = converted(source, tmp_path / "native", str(tokenizer)).config
-    assert config.data.tokenizer == str(tokenizer) and config.data.eod_token == 1
+    assert config.data.tokenizer == str(tmp_path / "native" / "tokenizer" / tokenizer.name)
+    assert Path(config.data.tokenizer).read_bytes() == tokenizer.read_bytes()
+    assert config.data.eod_token == 1
     assert config.model.vocab_size == 400 and not leftover.exists()
     assert not (tmp_path / "native" / "half").exists()
     small = random_file(tmp_path / "b.pt", 32, 2, "DRA", vocab=300)
@@ -222,24 +226,46 @@ def test_training_starts_from_a_converted_checkpoint(models, tmp_path):
     assert (logits[..., :97] - expected["logits"]).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def answer_of(model: InferenceModel, ids: Tensor, forced: dict[int, Tensor]) -> Answer:
+    """What a loaded model answers, in the verifier's terms."""
+    scores: dict[int, Tensor] = {}
+    entropies: dict[int, Tensor] = {}
+    forced = {number: light.T for number, light in forced.items()}
+    context = ForwardContext(
+        tokens_BS=ids, forced_light_SB=forced, recorded_score_SB=scores, recorded_entropy_SB=entropies
+    )
+    answer = Answer(model(ids, context=context))
+    answer.score_BS = {number: score.T for number, score in scores.items()}
+    answer.entropy_BS = {number: entropy.T for number, entropy in entropies.items()}
+    for number in scores:
+        answer.border[number] = float(model.module.chiar_layers[number - 1].router.threshold)
+    answer.meta_gate = float(model.module.chiar_layers[0].meta_router.last_gate)
+    return answer
+
+
 def test_a_model_that_disagrees_is_seen(models):
     _, expected, folder = models["chiar_tiny"]
-    checkpoint = read_reference(FIXTURES / "chiar_tiny.pt", ReferenceOptions(**taus(expected)))
-    ids = expected["input_ids"]
+    source, ids = FIXTURES / "chiar_tiny.pt", expected["input_ids"]
+    options = ConvertOptions(ReferenceOptions(**taus(expected)))
+    theirs = Reference().answer(source, options, ids)
     model = load_model(folder, device="cpu")
-    assert compare(model, checkpoint, ids).problems() == []
-    other_heads = replace(checkpoint, sizes=replace(checkpoint.sizes, heads=4, head_size=8))
-    assert "logits differ" in " ".join(compare(model, other_heads, ids).problems())
+
+    def problems(model: InferenceModel, answer: Answer = theirs) -> str:
+        return " ".join(compare(answer, answer_of(model, ids, answer.light_BS)).problems())
+
+    assert problems(model) == ""
+    other_heads = ConvertOptions(replace(options.reference, num_heads=4))
+    assert "logits differ" in problems(model, Reference().answer(source, other_heads, ids))
     router = model.module.chiar_layers[1].router
     router.threshold += 0.01
-    (problem,) = compare(model, checkpoint, ids).problems()
-    assert "routing decisions differ" in problem
+    assert problems(model).endswith("routing decisions differ") and "logits" not in problems(model)
     router.threshold -= 0.01
     router.config = replace(router.config, dc_power_weight=1.0)  # hardly seen in logits
-    assert "entropies differ" in " ".join(compare(model, checkpoint, ids).problems())
+    assert "entropies differ" in problems(model)
     gate = load_model(folder, device="cpu")
     gate.module.chiar_layers[0].meta_router.gate_proj.bias.data += 0.1
-    assert "gate differs" in " ".join(compare(gate, checkpoint, ids).problems())
+    assert "gate differs" in problems(gate)
 
 
 def test_the_sources_own_rounding_is_allowed_for(tmp_path, monkeypatch):

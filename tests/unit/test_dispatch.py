@@ -307,7 +307,7 @@ def test_recomputed_layers_give_the_same_and_count_once(router):
         counted: list[None] = []
         statistics = engine.module.chiar_layers[1].statistics
         add = statistics.add
-        statistics.add = lambda decision, kept, counted=counted, add=add: counted.append(add(decision, kept))
+        statistics.add = lambda *given, counted=counted, add=add: counted.append(add(*given))
         results = []
         for step in range(3):
             batches = [random_batch(config, b=9, seed=10 * step + m) for m in range(2)]

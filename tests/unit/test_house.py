@@ -24,11 +24,11 @@ SIZED_FOLDERS = (PACKAGE, "tools", "examples", "benchmarks", "slurm", "tests")
 # Each imports only from those before it.
 ORDER = (
     "errors config runtime data operators routing model huggingface checkpoint inference conversion metrics "
-    "training bench scaling cluster cli"
+    "training planning bench scaling cluster cli"
 ).split()
 # `from chiar_megatron import load_model`: the root's __init__ may import all up to training.
 ROOT = "__init__"
-RANKS = {name: place for place, name in enumerate(ORDER)} | {ROOT: ORDER.index("bench")}
+RANKS = {name: place for place, name in enumerate(ORDER)} | {ROOT: ORDER.index("planning")}
 
 MAX_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 400, 80, 9  # all exclusive
 MAY_PRINT = ("cli/", "metrics/")

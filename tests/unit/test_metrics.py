@@ -339,5 +339,12 @@ def test_wandb_goes_on_under_the_same_id_after_a_resume(tmp_path: Path) -> None:
     assert len(attempts) == 2 and all(f"-{run_id}" in path.name for path in attempts)
     for path in attempts:
         content = (path / f"run-{run_id}.wandb").read_bytes()
-        for expected in (b"chiar-test", b"routed_fraction/layer_3", b"validation/wiki", b'"lr"'):
+        for expected in (
+            b"chiar-test",
+            b"score_histogram/layer_3",
+            b"rank_seconds/max",
+            b"routed_fraction/layer_3",
+            b"validation/wiki",
+            b'"lr"',
+        ):
             assert expected in content

@@ -14,7 +14,7 @@ from chiar_megatron.config.schema import LoggingConfig
 from chiar_megatron.errors import ChiarError
 from chiar_megatron.metrics.picture import draw_run
 from chiar_megatron.metrics.writers import open_writers
-from tests.unit.metrics_runs import figures, write_run
+from tests.unit.metrics_runs import RECIPE, balance, figures, write_run
 
 
 def svg_texts(path: Path) -> str:
@@ -67,6 +67,29 @@ def test_picture_with_the_twin(tmp_path: Path) -> None:
     assert "full attention, training" in words
     assert "this run, training" in words
     assert "unigram" not in words
+
+
+def test_picture_of_balance(tmp_path: Path) -> None:
+    writers = open_writers(tmp_path, LoggingConfig(), 0, RECIPE)
+    for step in range(1, 20):
+        told = balance(step) if step > 1 else {"rank_max_over_mean": [1.0, 1.0], "rank_seconds": {}}
+        writers.log(step, {**figures(step), **told})
+    writers.close()
+    path = draw_run(tmp_path)
+    picture = imread(path)
+    assert picture.shape[0] > 1.3 * picture.shape[1] and ink(picture, ORANGE) > 500
+    words = svg_texts(path.with_suffix(".svg"))
+    for expected in (
+        "useful ÷ executed",
+        "overflow ÷ light",
+        "light tokens before capacity",
+        "executed rows",
+        "own work, seconds",
+        "Threshold of the score",
+        "Scores at step 19",
+        "standard deviations from the mean",
+    ):
+        assert expected in words
 
 
 def test_picture_of_many_layers_has_a_colour_bar(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_z_loss_and_cross_entropy_are_reported_apart():
     engine, reference = trained_module(config)
     batch = random_batch(config)
     with torch.no_grad():
-        output, loss_of = ForwardStep(torch.device("cpu"), None, None)(iter([batch]), engine.model)
+        output, loss_of = ForwardStep(torch.device("cpu"), None, None)(iter([batch]), engine.wrapped[0])
         loss, tokens, report = loss_of(output)
         cross_entropy, objective = map(float, reference_objective(reference, batch, Z_LOSS))
     expected = [cross_entropy, objective - cross_entropy, float(batch.loss_mask_BS.sum())]

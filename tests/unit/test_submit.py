@@ -15,6 +15,7 @@ from chiar_megatron.errors import ChiarError, ConfigError
 
 RECIPE = "run_dir: run\nmodel: {hidden_size: 32, vocab_size: 97}\ndata: {train: [text], eod_token: 0}\n"
 
+RUNNING = "JobState=RUNNING StartTime=2000-12-31T00:00:00 EndTime="
 # What scontrol says of a job that scancel or its time limit is ending.
 ENDING = "JobState=COMPLETING StartTime=2026-01-01T00:00:00 TimeLimit=00:10:00 EndTime=2026-01-01T"
 
@@ -70,17 +71,17 @@ def write_exit(run_dir: Path, reason: str) -> None:
         ("SIGTERM", "JobState=PENDING", "wait: node failure or requeue"),
         (
             "SIGUSR1",
-            "JobState=RUNNING Requeue=1 StartTime=2000-12-31T00:00:00 EndTime=2001-01-01T00:00:00",
+            f"{RUNNING}2001-01-01T00:00:00",
             "requeue: time limit",
         ),
         (
             "SIGUSR1",
-            "JobState=RUNNING Requeue=0 StartTime=2000-12-31T00:00:00 EndTime=2001-01-01T00:00:00",
+            f"Requeue=0 {RUNNING}2001-01-01T00:00:00",
             "resubmit: time limit",
         ),
         (
             "SIGUSR1",
-            "JobState=RUNNING Requeue=1 StartTime=2000-12-31T00:00:00 EndTime=2099-01-01T00:00:00",
+            f"{RUNNING}2099-01-01T00:00:00",
             "requeue: signal",
         ),
     ],

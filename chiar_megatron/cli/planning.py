@@ -1,0 +1,77 @@
+"""`chiar plan`: what a recipe costs, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chiar_megatron.cli.common import count
+from chiar_megatron.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from chiar_megatron.cli.common import Verbs
+
+
+def add_planning_verbs(verbs: Verbs) -> None:
+    """The verbs of this file, with their options."""
+    plan = verbs.add_parser(
+        "plan", help="parameters, FLOPs, memory a GPU, tokens/s and the layouts that fit; needs no GPU"
+    )
+    plan.add_argument("recipe", help="YAML recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="fields to overrule")
+    plan.add_argument("--gpus", type=count, metavar="N", help="list the layouts of so many GPUs")
+    plan.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="(%(default)s)")
+    plan.add_argument("--gpu-memory-gib", type=_positive, default=80.0, metavar="GIB", help="(%(default)g)")
+    plan.add_argument(
+        "--tflops",
+        type=_positive,
+        metavar="X",
+        help="executed by a GPU over whole steps (an H100's)",
+    )
+    plan.add_argument("--link-gb-s", type=_positive, metavar="X", help="bandwidth of a GPU within a node")
+    plan.add_argument("--network-gb-s", type=_positive, metavar="X", help="bandwidth of a GPU between nodes")
+    plan.add_argument("--json", action="store_true", help="print one JSON line only")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.config.load import load_config
+    from chiar_megatron.config.validate import check_config
+    from chiar_megatron.planning.report import Plan
+    from chiar_megatron.planning.speed import Cluster
+    from chiar_megatron.training.loop import resolve
+
+    config = load_config(parsed.recipe, parsed.overrides)
+    check_config(config, parsed.gpus)
+    tokenizer = config.data.tokenizer
+    if tokenizer is not None and not Path(tokenizer).exists():  # model.vocab_size is all a plan needs of it
+        config = replace(config, data=replace(config.data, tokenizer=None))
+    config = resolve(config)
+    check_config(config, parsed.gpus)
+    parallel = config.parallel
+    one_replica = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+    replicas = parallel.data_parallel_size or (parsed.gpus or one_replica) // one_replica
+    config = replace(config, parallel=replace(parallel, data_parallel_size=replicas))
+    given = {"tflops": parsed.tflops, "link_gb_s": parsed.link_gb_s, "network_gb_s": parsed.network_gb_s}
+    cluster = Cluster(
+        gpus=one_replica * replicas,
+        gpus_per_node=parsed.gpus_per_node,
+        memory_gib=parsed.gpu_memory_gib,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    plan = Plan(config, replicas, cluster, listed=parsed.gpus is not None)
+    print("\n".join([plan.json_line()] if parsed.json else plan.lines()), flush=True)
+    return EXIT_DONE
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must be above 0 and finite")
+    return value

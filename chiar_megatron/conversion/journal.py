@@ -1,0 +1,98 @@
+"""A destination in the making: a hidden folder beside it, file by file, that a second run takes up again.
+
+`.NAME.converting/` holds what is finished and `journal.json`, which says of what conversion and lists the
+files with their digests. It gets its final name only when everything is there and verified.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from chiar_megatron.checkpoint.files import file_digest, sync_folder, write_durably
+from chiar_megatron.errors import CheckpointError
+
+JOURNAL = "journal.json"
+
+
+class Journal:
+    """The folder and its list of finished files."""
+
+    def __init__(self, destination: Path, conversion: dict[str, Any]) -> None:
+        """conversion: what is converted and how; one begun otherwise is thrown away. Raises OSError."""
+        self.destination = destination
+        self.folder = destination.absolute().parent / f".{destination.name}.converting"
+        self.content = self.folder / "content"
+        self.advance: Callable[[int], None] = lambda _: None
+        self.resumed = 0
+        self._conversion = json.loads(json.dumps(conversion))
+        self._done: dict[str, Any] = self._continue()
+        if not self._done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.content.mkdir(parents=True)
+            self._write()
+
+    def _continue(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / JOURNAL).read_text())
+            is_same = found["conversion"] == self._conversion
+            return dict(found["done"]) if is_same and self.content.is_dir() else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def file(self, name: str, write: Callable[[Path], Any], size: int) -> Any:
+        """Have `write` make one file of the destination, unless a run before has finished it.
+
+        write: called with the path to write to; what it returns (plain JSON) is kept and returned. size: of
+        the tensors in it, in bytes, to be told of where it is not written again. Raises OSError.
+        """
+        path = self.content / name
+        known = self._done.get(name)
+        if known is not None and path.is_file() and file_digest(path) == known["digest"]:
+            self.resumed += 1
+            self.advance(size)
+            return known["answer"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        answer = write(path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        self._done[name] = {"digest": file_digest(path), "answer": answer}
+        self._write()
+        return answer
+
+    def commit(self, report: Callable[[Path], None]) -> None:
+        """Give the destination its name. report: adds the last file. Raises OSError."""
+        report(self.content)
+        if self.is_single_file:
+            next(path for path in self.content.iterdir() if path.name == self.destination.name).rename(
+                self.destination
+            )
+        else:
+            self.content.rename(self.destination)
+        sync_folder(self.destination.absolute().parent)
+        self.discard()
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether the destination is one file of that name, not a folder."""
+        return (self.content / self.destination.name).is_file()
+
+    def discard(self) -> None:
+        """Throw away what was made."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self) -> None:
+        write_durably(self.folder / JOURNAL, json.dumps({"conversion": self._conversion, "done": self._done}))
+
+
+def source_fingerprint(source: Path) -> list[list[Any]]:
+    """Names, sizes and times of a source's files: whether it is still the same."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    try:
+        return [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read: {error}") from None

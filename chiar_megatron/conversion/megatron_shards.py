@@ -1,0 +1,203 @@
+"""Megatron-LM's older files, `mp_rank_XX[_YYY]/model_optim_rng.pt`: their shards put together and cut.
+
+XX is the tensor-parallel rank, YYY the pipeline-parallel one. Layers are numbered anew in every stage.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.safe_globals import SAFE_GLOBALS
+from torch import Tensor
+
+from chiar_megatron.conversion.canonical import Canonical
+from chiar_megatron.conversion.safe_load import only_globals
+from chiar_megatron.errors import CheckpointError
+from chiar_megatron.model.tensors import EMBEDDING, HEAD, LazyTensor, TensorSpec
+
+FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?$")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")
+_REFUSED = re.compile(r"GLOBAL (\S+)")
+# TransformerEngine's layers hold the norm before a linear layer as part of it.
+_FUSED = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
+
+
+def load_safely(path: Path) -> dict[str, Any]:
+    """A pickle of tensors, plain values, Megatron-LM's Namespace and megatron-core's enums; anything else is
+    refused by name. Tensors stay on the disk until they are used."""
+    try:
+        with only_globals([Namespace, *SAFE_GLOBALS]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        wanted = _REFUSED.search(str(error))
+        if wanted is None:
+            raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: copy it again") from None
+        raise CheckpointError(
+            f"{path} is refused: reading it would call {wanted[1]}; save it again without that object"
+        ) from None
+    except Exception as error:  # torch.load raises nearly anything for a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: {reason}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
+    return content
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of one iteration, and what they hold by native names."""
+
+    args: Namespace
+    iteration: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    has_optimizer: bool
+    parts: Mapping[str, tuple[Tensor, ...]]
+    """Each tensor's shards by tensor-parallel rank, on the disk until used."""
+
+
+def read_shards(folder: Path) -> Shards:
+    """Raises CheckpointError if ranks are missing, or what they hold does not fit together."""
+    found: dict[tuple[int, int], Path] = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = _RANK.match(path.name)
+        if match is None or match[3]:
+            raise CheckpointError(f"{path}: shards of expert parallelism are not converted")
+        found[int(match[1]), int(match[2] or 0)] = path / FILE
+    tensor, pipeline = (1 + max(rank[i] for rank in found) for i in (0, 1))
+    lost = [f"mp_rank_{t:02}_{p:03}" for t in range(tensor) for p in range(pipeline) if (t, p) not in found]
+    if lost:
+        raise CheckpointError(f"{folder}: {', '.join(lost[:6])} is missing; copy every rank's folder")
+    contents = {rank: load_safely(path) for rank, path in found.items()}
+    first = contents[0, 0]
+    args = first.get("args")
+    if not isinstance(args, Namespace):
+        raise CheckpointError(f"{found[0, 0]} has no 'args', Megatron-LM's arguments")
+    if first.get("checkpoint_version", 0) < 3.0:
+        raise CheckpointError(
+            f"{found[0, 0]}: checkpoint_version is below 3.0, whose qkv is ordered otherwise"
+        )
+    parts = {}
+    for pipeline_rank, (names, states) in enumerate(_stages(contents, tensor, pipeline, args, folder)):
+        for own, native in names.items():
+            if native == HEAD and not getattr(args, "untie_embeddings_and_output_weights", False):
+                continue  # the last stage's copy of the shared table
+            try:
+                parts[native] = tuple(state[own] for state in states)
+            except KeyError:
+                raise CheckpointError(
+                    f"{folder}: {own} is not in every rank of stage {pipeline_rank}"
+                ) from None
+    return Shards(args, int(first.get("iteration", 0)), tensor, pipeline, "optimizer" in first, parts)
+
+
+def _stages(
+    contents: Mapping[tuple[int, int], dict[str, Any]],
+    tensor: int,
+    pipeline: int,
+    args: Namespace,
+    folder: Path,
+) -> list[tuple[dict[str, str], list[dict[str, Tensor]]]]:
+    """In the order of the layers: every stage's names to native ones, and its states by rank."""
+    virtual = getattr(args, "virtual_pipeline_model_parallel_size", None)
+    keys = ["model"] if virtual is None else [f"model{chunk}" for chunk in range(virtual)]
+    stages, offset = [], 0
+    for key in keys:
+        for stage in range(pipeline):
+            try:
+                states = [contents[rank, stage][key] for rank in range(tensor)]
+            except KeyError:
+                raise CheckpointError(f"{folder}: a file of stage {stage} has no '{key}'") from None
+            names, layers = _native_names(states[0], offset, folder)
+            offset += layers
+            stages.append((names, states))
+    return stages
+
+
+def _native_names(state: Mapping[str, Any], offset: int, folder: Path) -> tuple[dict[str, str], int]:
+    names: dict[str, str] = {}
+    layers = 0
+    if "language_model" in state:
+        raise CheckpointError(
+            f"{folder} is of Megatron-LM's legacy model; convert it to a mcore one there first"
+        )
+    for own, value in state.items():
+        if not isinstance(value, Tensor) or "_extra_state" in own or own.startswith("rotary_pos_emb."):
+            continue
+        native = own
+        match = _LAYER.match(own)
+        if match is not None:
+            layers = max(layers, int(match[1]) + 1)
+            native = f"decoder.layers.{offset + int(match[1])}.{unfused(match[2])}"
+        names[own] = native
+    return names, layers
+
+
+def unfused(name: str) -> str:
+    """A layer's tensor by the name that megatron-core's own layers give it."""
+    for own, fused in _FUSED:
+        if name.startswith(fused):
+            return own + name.removeprefix(fused)
+    return name
+
+
+def fused(name: str) -> str:
+    """The same by the name that TransformerEngine's layers and distributed checkpoints give it."""
+    for own, with_linear in _FUSED:
+        if own in name:
+            return name.replace(own, with_linear)
+    return name
+
+
+def joined(parts: Sequence[Tensor], spec: TensorSpec) -> LazyTensor:
+    """The whole tensor of its tensor-parallel shards; vocabulary padding still on it."""
+    dim = spec.split
+    if dim is None or len(parts) == 1:
+        return LazyTensor(tuple(parts[0].shape), parts[0].dtype, lambda: parts[0])
+    shape = list(parts[0].shape)
+    shape[dim] *= len(parts)
+
+    def load() -> Tensor:
+        # A gated layer stacks two matrices, each of them cut.
+        pieces = [part.chunk(spec.parts, dim) for part in parts]
+        order = [pieces[rank][part] for part in range(spec.parts) for rank in range(len(parts))]
+        return torch.cat(order, dim)
+
+    return LazyTensor(tuple(shape), parts[0].dtype, load)
+
+
+def cut(whole: Tensor, spec: TensorSpec, rank: int, size: int) -> Tensor:
+    """One rank's shard, a copy of its own."""
+    if spec.split is None:
+        return whole.clone()
+    pieces = [piece.chunk(size, spec.split)[rank] for piece in whole.chunk(spec.parts, spec.split)]
+    return torch.cat(pieces, spec.split)
+
+
+def stage_names(model: Canonical, stage: int, stages: int, layers: int) -> dict[str, str]:
+    """What a pipeline stage holds: native names to those within the stage."""
+    per_stage = layers // stages
+    names: dict[str, str] = {}
+    for name in model.tensors:
+        match = _LAYER.match(name)
+        if match is not None:
+            number = int(match[1]) - stage * per_stage
+            if 0 <= number < per_stage:
+                names[name] = f"decoder.layers.{number}.{match[2]}"
+        elif name == EMBEDDING:
+            if stage == 0:
+                names[name] = name
+        elif stage == stages - 1:
+            names[name] = name
+    return names

@@ -1,0 +1,234 @@
+"""A folder of `transformers`: its config and safetensors files, read without loading the model.
+
+Nothing in it is executed: JSON and safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from chiar_megatron.config.load import resolve_config
+from chiar_megatron.config.schema import (
+    DataConfig,
+    MetaRouterConfig,
+    ModelConfig,
+    RotaryScalingConfig,
+    RouterConfig,
+    RunConfig,
+)
+from chiar_megatron.config.validate import check_config
+from chiar_megatron.errors import CheckpointError
+from chiar_megatron.huggingface.configuration import ChiarConfig
+from chiar_megatron.huggingface.names import Group, foreign_shapes, groups
+from chiar_megatron.model.tensors import LazyTensor, mismatches, refuse
+
+CONFIG = "config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this looks like a folder of `transformers`."""
+    return (path / CONFIG).is_file() and not (path / "checkpoint.json").is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError if it is missing or torn."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON, or is torn: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
+def stored_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """Every tensor of the folder's safetensors files by its name.
+
+    Raises CheckpointError if there are none, a shard is missing or torn, or index and files disagree.
+    """
+    found: dict[str, LazyTensor] = {}
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(_is_plain(file) for file in index.values()):
+            raise CheckpointError(f"{folder / INDEX}: weight_map must name files of this folder")
+        for file in sorted(set(index.values())):
+            found |= _tensors_of(folder / file)
+        lost = sorted(name for name in index if name not in found)
+        refuse(
+            [f"{name} is not in {index[name]}" for name in lost], folder / INDEX, "names what is not there"
+        )
+        return found
+    if not (folder / SINGLE).is_file():
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".safetensors"))
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE} nor {INDEX}{f' (it has {others[:4]})' if others else ''}; "
+            "save the model again by save_pretrained"
+        )
+    return _tensors_of(folder / SINGLE)
+
+
+def _is_plain(file: object) -> bool:
+    return isinstance(file, str) and Path(file).name == file
+
+
+def _tensors_of(path: Path) -> dict[str, LazyTensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; copy the folder again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from None
+    unknown = sorted({kind for _, kind in kinds.values() if kind not in _DTYPES})
+    if unknown:
+        raise CheckpointError(f"{path} holds numbers of kind {unknown}; quantised weights are not converted")
+    return {name: _lazy(path, name, shape, _DTYPES[kind]) for name, (shape, kind) in kinds.items()}
+
+
+def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    def load() -> Tensor:
+        with safe_open(path, framework="pt") as file:  # opened anew: its pages are given back with it
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+
+    return LazyTensor(shape, dtype, load)
+
+
+def read_chiar_config(folder: Path) -> ChiarConfig:
+    """The config of a CHIAR model. Raises CheckpointError for another model or a malformed one."""
+    content = read_json(folder / CONFIG)
+    kind = content.get("model_type")
+    if kind != ChiarConfig.model_type:
+        raise CheckpointError(
+            f"{folder} holds a {kind!r} model, not a CHIAR-Former; `chiar convert --from huggingface --to "
+            "native --schedule ...` makes one of a dense Llama, Mistral or Qwen2"
+        )
+    try:
+        return ChiarConfig.from_dict(content)
+    except Exception as error:  # transformers and our own checks raise many kinds
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+
+
+def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
+    """The recipe of such a model, resolved; data and training are defaults.
+
+    Raises ConfigError for values that no model can have.
+    """
+    eos = config.eos_token_id
+    model = ModelConfig(
+        schedule=config.schedule,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.intermediate_size,
+        seq_length=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        activation="swiglu" if config.hidden_act == "silu" else "gelu",
+        norm=config.norm,  # type: ignore[arg-type]
+        normalization=config.normalization,  # type: ignore[arg-type]
+        norm_epsilon=config.norm_epsilon,
+        add_bias=config.use_bias,
+        add_qkv_bias=None if config.attention_bias == config.use_bias else config.attention_bias,
+        tie_embeddings=config.tie_word_embeddings,
+        rotary_base=config.rotary_base,
+        rotary_scaling=RotaryScalingConfig(**config.rotary_scaling),
+        dropout=config.dropout,
+        init_std=config.initializer_range,
+        rbf_features=config.rbf["features"],
+        rbf_gamma=config.rbf["gamma"],
+        mask_documents=config.mask_documents,
+        router=RouterConfig(**{k: v for k, v in config.router.items() if k != "has_controller"}),
+        meta_router=MetaRouterConfig(**config.meta_router),
+    )
+    eod = eos[0] if isinstance(eos, list) else eos
+    resolved = resolve_config(
+        RunConfig(run_dir=str(run_dir), model=model, data=DataConfig(eod_token=eod)),
+        vocab_size=None,
+        eod_token=None,
+    )
+    check_config(resolved)
+    return resolved
+
+
+def foreign_config(config: RunConfig, dtype: str, progress: Mapping[str, int]) -> ChiarConfig:
+    """The `transformers` config of a resolved recipe. progress: step and tokens seen, for the record."""
+    model, eod = config.model, config.data.eod_token
+    router = {
+        name: getattr(model.router, name)
+        for name in ("kind", "dc_power_weight", "operators", "keys_values", "threshold", "target")
+    }
+    blends = model.router.kind in ("soft", "hard")
+    scaling = model.rotary_scaling
+    return ChiarConfig(
+        schedule=model.schedule,
+        vocab_size=model.vocab_size or 0,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_query_groups,
+        head_dim=model.kv_channels,
+        max_position_embeddings=model.seq_length,
+        hidden_act="silu" if model.activation == "swiglu" else "gelu",
+        norm=model.norm,
+        normalization=model.normalization,
+        norm_epsilon=model.norm_epsilon,
+        use_bias=model.add_bias,
+        attention_bias=model.add_qkv_bias,
+        rotary_base=model.rotary_base,
+        rotary_scaling={name: getattr(scaling, name) for name in scaling.__dataclass_fields__},
+        dropout=model.dropout,
+        initializer_range=model.init_std,
+        mask_documents=model.mask_documents,
+        router={**router, "has_controller": model.router.target is not None and not blends},
+        meta_router={
+            name: getattr(model.meta_router, name) for name in ("enabled", "pooling", "bias_init", "decay")
+        },
+        rbf={"features": model.rbf_features, "gamma": model.rbf_gamma},
+        tie_word_embeddings=model.tie_embeddings,
+        eos_token_id=eod,
+        bos_token_id=eod,  # a document begins after one's end
+        architectures=["ChiarForCausalLM"],
+        dtype=dtype,
+        pretraining=dict(progress),
+    )
+
+
+def native_tensors(
+    model: ModelConfig, stored: Mapping[str, LazyTensor], folder: Path
+) -> dict[str, LazyTensor]:
+    """Our tensors from the `transformers` model's.
+
+    Raises CheckpointError naming those that are missing, surplus or of another shape.
+    """
+    wanted = foreign_shapes(model)
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    if model.tie_embeddings:
+        found.pop("lm_head.weight", None)  # some tools write the shared table twice
+    refuse(mismatches(wanted, found), folder, "its tensors do not fit its config")
+    wrong = [f"{n} has dtype {stored[n].dtype}" for n in wanted if not stored[n].dtype.is_floating_point]
+    refuse(wrong, folder, "weights must be floating-point")
+    return {group.native: _joined(group, [stored[name] for name in group.foreign]) for group in groups(model)}
+
+
+def _joined(group: Group, parts: list[LazyTensor]) -> LazyTensor:
+    if len(parts) == 1:
+        return parts[0]
+    return LazyTensor(
+        group.spec.shape, parts[0].dtype, lambda: group.join(tuple(part.load() for part in parts))
+    )

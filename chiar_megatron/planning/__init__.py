@@ -1,0 +1,1 @@
+"""`chiar plan`: what a recipe costs, before it runs."""

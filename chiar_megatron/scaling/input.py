@@ -1,0 +1,83 @@
+"""From the options of `chiar scaling fit` and a table to the runs that are fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chiar_megatron.errors import ConfigError, DataError
+from chiar_megatron.scaling.law import Runs
+from chiar_megatron.scaling.table import Columns, Row, read_table, runs_of, select
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class FitInput:
+    """What a user asks to be fitted."""
+
+    path: Path
+    named: Mapping[str, str | None]
+    """Columns by field of `Columns`, None where the user named none."""
+    no_rho: bool = False
+    where: tuple[str, ...] = ()
+    drop_highest_loss: int = 0
+
+
+def read_runs(request: FitInput) -> tuple[Runs, list[str]]:
+    """The runs, and notes on what was taken and left out. Raises DataError or ConfigError."""
+    path, notes = request.path, list[str]()
+    rows: list[Row] = list(read_table(path))
+    rows = select(rows, request.where, path)
+    if "status" in rows[0]:
+        finished = [row for row in rows if row["status"] == FINISHED]
+        if len(finished) < len(rows):
+            notes.append(f"{len(rows) - len(finished)} of {len(rows)} runs are not finished: left out")
+        if not finished:
+            raise DataError(f"{path}: none of its {len(rows)} runs is finished; train, then collect again")
+        rows = finished
+    columns = _columns(request, rows, notes)
+    runs = runs_of(rows, columns, path)
+    drop = request.drop_highest_loss
+    if drop < 0 or drop >= len(runs):
+        raise ConfigError(f"--drop-highest-loss: {drop} must be 0 or more and below the {len(runs)} rows")
+    if drop:
+        runs = runs.take(np.sort(np.argsort(runs.loss, kind="stable")[: len(runs) - drop]))
+        notes.append(f"the {drop} highest losses are left out; {len(runs)} runs remain")
+    return runs, notes
+
+
+def _columns(request: FitInput, rows: list[Row], notes: list[str]) -> Columns:
+    """Named columns, else the defaults where the table has them."""
+    given, present = request.named, rows[0]
+    defaults = Columns()
+    chosen: dict[str, str | None] = {
+        "n": given["n"] or defaults.n,
+        "loss": given["loss"] or defaults.loss,
+        "d": given["d"] or _present(defaults.d, present),
+        "flops": given["flops"] or _present(defaults.flops, present),
+        "rho": given["rho"],
+        "seconds": given["seconds"] or _measured("device_seconds", rows),
+    }
+    if chosen["d"] is None and chosen["flops"] is not None:
+        notes.append("no column of tokens: D = C/6N")
+    elif chosen["flops"] is None and chosen["d"] is not None:
+        notes.append("no column of FLOPs: C = 6ND")
+    if request.no_rho:
+        chosen["rho"] = None
+    elif chosen["rho"] is None and len({row.get("attention_share") for row in rows}) > 1:
+        chosen["rho"] = "attention_share"
+        notes.append("attention_share differs among the runs: the law has it as ρ (--no-rho leaves it out)")
+    return Columns(**chosen)  # type: ignore[arg-type]
+
+
+def _present(column: str | None, row: Row) -> str | None:
+    return column if column in row else None
+
+
+def _measured(column: str, rows: list[Row]) -> str | None:
+    """The column if every row has a value in it."""
+    return column if all(row.get(column) not in (None, "") for row in rows) else None

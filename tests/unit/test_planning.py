@@ -1,0 +1,220 @@
+"""`chiar plan` against what was measured on a GPU, what autograd keeps, and megatron-core's own schedule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
+from torch import Tensor
+
+from chiar_megatron.cli import main
+from chiar_megatron.config.load import config_from_dict, resolve_config
+from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.config.validate import check_config
+from chiar_megatron.model.accounting import flops_per_sequence
+from chiar_megatron.model.build import build_model
+from chiar_megatron.model.initialize import initialize_parameters
+from chiar_megatron.model.layer import ChiarLayer
+from chiar_megatron.operators.context import ForwardContext
+from chiar_megatron.planning.activations import ActivationModel
+from chiar_megatron.planning.candidates import weigh
+from chiar_megatron.planning.memory import GIB, USABLE, micro_batches_in_flight, stage_memory
+from chiar_megatron.planning.speed import Cluster, step_time
+from chiar_megatron.runtime.distributed import single_process_world
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+def resolved(fields: dict[str, Any]) -> RunConfig:
+    return resolve_config(config_from_dict(fields), vocab_size=None, eod_token=None)
+
+
+def recorded() -> list[tuple[str, RunConfig, dict[str, Any]]]:
+    """Every side of the product that `chiar bench step` measured: its name, its recipe, its figures."""
+    found = []
+    for path in sorted(RESULTS.glob("step_*_h100.json")):
+        record = json.loads(path.read_text())
+        settings = record["settings"]
+        for result in record["results"]:
+            router, _, rho = result["name"].partition(" ρ=")
+            if "tokens_per_second" not in result or router == "nanogpt":
+                continue
+            fields: dict[str, Any] = {"model.preset": f"{settings['preset']}-twin"}
+            if rho:
+                fields = {"model.preset": settings["preset"], "model.router.target": float(rho)}
+                fields["model.router.kind"] = router
+            fields |= {"model.dropout": 0.0, "model.seq_length": settings["seq_length"]}
+            fields["training.precision"] = settings["precision"]
+            fields["training.micro_batch_size"] = settings["micro_batch_size"]
+            fields["training.global_batch_size"] = settings["tokens_per_step"] // settings["seq_length"]
+            found.append((f"{path.stem}: {result['name']}", resolved(fields), result))
+    return found
+
+
+@pytest.mark.parametrize(("name", "config", "measured"), recorded(), ids=lambda value: str(value)[:40])
+def test_memory_and_speed_of_recorded_runs(name: str, config: RunConfig, measured: dict[str, Any]) -> None:
+    (stage,) = stage_memory(config, replicas=1, compiled=True)
+    assert stage.peak == pytest.approx(measured["peak_memory_bytes"], rel=0.02)
+    planned = weigh(config, 1, Cluster(gpus=1)).tokens_per_second
+    # One throughput for all: attention over 32,768 tokens is the slowest there is.
+    assert planned == pytest.approx(measured["tokens_per_second"]["median"], rel=0.10)
+
+
+def test_there_are_records_of_either_kind() -> None:
+    names = [name for name, _, _ in recorded()]
+    assert sum("twin" in name for name in names) >= 4 and sum("ρ=" in name for name in names) >= 4
+
+
+def bytes_kept(config: RunConfig, layer: ChiarLayer) -> float:
+    """By autograd for one layer's backward pass, a token; weights are not counted, nor is a tensor twice."""
+    model = config.model
+    batch, own = config.training.micro_batch_size, {p.data_ptr() for p in layer.parameters()}
+    shape = (model.seq_length, batch, model.hidden_size)
+    x_SBH = torch.randn(shape, dtype=layer.config.params_dtype).requires_grad_()
+    context = ForwardContext(
+        tokens_BS=torch.zeros(batch, model.seq_length, dtype=torch.int64),
+        auxiliary_scale=torch.tensor(1.0),
+    )
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # alive, so its address is its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer.body(x_SBH.transpose(0, 1), context)
+    tokens = batch * model.seq_length
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own) / tokens
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("router", ["entropy", "soft"])
+def test_activations_are_those_that_autograd_keeps(precision: str, norm: str, router: str) -> None:
+    config = resolved(
+        {
+            "model.schedule": "D R A",
+            "model.hidden_size": 256,
+            "model.num_attention_heads": 4,
+            "model.num_query_groups": 2,
+            "model.vocab_size": 64,
+            "model.seq_length": 128,
+            "model.norm": norm,
+            "model.router.kind": router,
+            "model.router.dispatch": "dense",  # on a CPU skipping takes other ways than the kernels
+            "model.meta_router.enabled": False,
+            "training.precision": precision,
+        }
+    )
+    module = build_model(config, single_process_world("cpu"))
+    initialize_parameters(module, 1)
+    planned = ActivationModel(config, compiled=False)
+    for layer in module.train().chiar_layers:
+        found = bytes_kept(config, layer)
+        if layer.kind == "R" and norm == "post":
+            # Beside the input, which attention keeps and the kernel reads again, a CPU keeps its spectrum.
+            found -= planned.layer("R").input
+        assert planned.layer(layer.kind).kept == pytest.approx(found, rel=0.02), layer.kind
+
+
+@pytest.mark.parametrize(("stages", "virtual", "micro_batches"), [(4, 1, 8), (4, 2, 8), (2, 3, 4), (4, 2, 4)])
+def test_micro_batches_under_way_are_those_of_the_schedule(stages: int, virtual: int, micro_batches: int):
+    """megatron-core's order of chunks, forward passes ahead of the backward ones by its own warm-up."""
+    config = resolved(
+        {
+            "model.schedule": "A*24",
+            "model.vocab_size": 64,
+            "parallel.pipeline_model_parallel_size": stages,
+            "parallel.virtual_pipeline_model_parallel_size": virtual,
+            "training.global_batch_size": micro_batches,
+            "training.micro_batch_size": 1,
+        }
+    )
+    order = [chunk for _, chunk in get_schedule_table(micro_batches, virtual, stages)]
+    for stage in range(stages):
+        ahead = stages - stage - 1
+        if virtual > 1:
+            ahead = 2 * ahead + (virtual - 1) * stages
+        held, most = [0] * virtual, 0
+        for step in range(len(order) + ahead):
+            if step < len(order):
+                held[order[step]] += 1
+            most = max(most, sum(held))
+            if step >= min(ahead, len(order)) and step - ahead < len(order):
+                held[virtual - 1 - order[step - ahead]] -= 1
+        assert sum(micro_batches_in_flight(config, stages * virtual, stage)) == most, stage
+
+
+def test_step_time_by_hand() -> None:
+    fields = {
+        "model.preset": "400m-twin",
+        "parallel.pipeline_model_parallel_size": 4,
+        "parallel.layout": "even",
+        "training.micro_batch_size": 2,
+        "training.global_batch_size": 64,
+    }
+    cluster = Cluster(gpus=8, tflops=400.0, link_gb_s=1e12)
+    config = resolved(fields)
+    time = step_time(config, 2, cluster)
+    ledger = flops_per_sequence(config.model, 256, 1.0)
+    head = ledger.total(names=("head",)).executed
+    heaviest = (7 * ledger.per_layer()[0].executed + head) * 2 / 400e12
+    assert time.total == pytest.approx((16 + 3) * heaviest, rel=1e-6)
+    assert time.bubble == pytest.approx(3 * heaviest)
+    interleaved = resolved(fields | {"parallel.virtual_pipeline_model_parallel_size": 7})
+    assert step_time(interleaved, 2, cluster).bubble == pytest.approx(3 / 7 * heaviest)
+    slow = step_time(config, 2, Cluster(gpus=8, tflops=400.0, link_gb_s=1.0))
+    assert slow.data_parallel > 0.5 and slow.model_parallel > 0.01
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_verb_lists_layouts_that_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {preset: 400m, vocab_size: 50304}\ndata: {tokenizer: not/here}\n")
+    options = ["training.micro_batch_size=2", "training.global_batch_size=64", "--gpus", "16"]
+    told = json.loads(plan(capsys, str(recipe), *options, "--gpu-memory-gib", "16", "--json"))
+    layouts = told["layouts"]
+    assert len(layouts) > 10 and told["not_fitting"] >= 0
+    seconds = [layout["step_seconds"] for layout in layouts]
+    assert seconds == sorted(seconds)
+    assert all(layout["peak_bytes"] <= USABLE * 16 * GIB for layout in layouts)
+    batch = {"micro_batch_size": 2, "global_batch_size": 64}
+    for layout in layouts:
+        fields = {"model": {"preset": "400m"}, "parallel": layout["parallel"], "training": batch}
+        check_config(config_from_dict(fields), 16)
+    assert told["parameters"]["total"] == 400_091_137
+    text = plan(capsys, str(recipe), *options, "parallel.pipeline_model_parallel_size=4")
+    assert "heaviest stage 1.0" in text and "with equal layer counts Et*7|t*7|t*7|t*7L" in text
+    small = plan(capsys, str(recipe), *options, "--gpu-memory-gib", "0.5")
+    assert "none" in small and "lower training.micro_batch_size" in small
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "3"], "16 is not divisible by micro_batch_size 8 × 3 replicas"),
+        (["model.vocab_size=null"], "model.vocab_size: null, and there is no tokenizer to ask"),
+        (["parallel.pipeline_model_parallel_size=40"], "number of layers: 28 is too few for 40 stages"),
+        (["parallel.layouts=auto"], "nearest: parallel.layout"),
+    ],
+)
+def test_bad_input_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {preset: 400m, vocab_size: 50304}\ndata: {tokenizer: not/here}\n"
+        "training: {global_batch_size: 16, micro_batch_size: 8}\n"
+    )
+    assert main(["plan", str(recipe), *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out

@@ -1,5 +1,7 @@
 """Installation of chiar-megatron: what it needs, why, and which versions were tested."""
 
+from glob import glob
+
 from setuptools import find_packages, setup
 
 # Versions are ranges around what the tests ran with. Torch and megatron-core are checked again at run
@@ -46,6 +48,7 @@ setup(
     description="Pretraining of CHIAR-Former language models on megatron-core",
     python_requires=">=3.10",
     packages=find_packages(include=["chiar_megatron", "chiar_megatron.*"]),
+    data_files=[("share/chiar_megatron/slurm", glob("slurm/*.sbatch"))],  # templates of `chiar submit`
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["chiar = chiar_megatron.cli:main"]},

@@ -29,3 +29,7 @@ class LaunchError(ChiarError):
 
 class CheckpointError(ChiarError):
     """A checkpoint is missing, torn, or of another shape."""
+
+
+class NonFiniteError(ChiarError):
+    """Loss or gradient stayed NaN or infinite: the run must not be tried again unchanged."""

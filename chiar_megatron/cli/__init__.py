@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from chiar_megatron.cli.cluster import add_cluster_verbs
 from chiar_megatron.cli.machine import add_machine_verbs
 from chiar_megatron.cli.models import add_model_verbs
 from chiar_megatron.cli.planning import add_planning_verbs
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_planning_verbs(verbs)
     add_text_verbs(verbs)
     add_model_verbs(verbs)
+    add_cluster_verbs(verbs)
     add_machine_verbs(verbs)
     add_scaling_verbs(verbs)
     return parser

@@ -120,7 +120,7 @@ def check_paths(config: RunConfig) -> None:
     if not config.data.train:
         problems.append("data.train: is empty; give prefixes of .bin/.idx files, made by `chiar preprocess`")
     for name in ("train", "validation", "test"):
-        for prefix in _prefixes(value_at(config, f"data.{name}")):
+        for prefix in data_prefixes(value_at(config, f"data.{name}")):
             problems.extend(_missing_data(f"data.{name}", prefix))
     raise_problems(problems)
 
@@ -326,7 +326,8 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _prefixes(entries: Sequence[str]) -> Sequence[str]:
+def data_prefixes(entries: Sequence[str]) -> Sequence[str]:
+    """The prefixes of `data.train` and its like, without weights."""
     weighted = bool(entries) and _number(entries[0]) is not None
     return entries[1::2] if weighted else entries
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,6 +123,22 @@ def torch_libraries() -> dict[str, str | None]:
         "cudnn": str(torch.backends.cudnn.version()) if with_cuda else None,
         "nccl": None if nccl is None else ".".join(map(str, nccl)),
     }
+
+
+def code_version() -> str | None:
+    """The commit of the checkout this code runs from, `+changes` if it was edited; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return commit.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _version(name: str) -> str | None:

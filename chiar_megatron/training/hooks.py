@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.training.signals import StopSignals
 from chiar_megatron.training.step import Requests
+
+STOP_FILE = "STOP"  # `touch RUN/STOP` saves and stops the run
+STOP_FILE_SECONDS = 1.0  # between looks: a busy shared file system shall not slow the steps
 
 
 class Schedule:
@@ -14,6 +18,8 @@ class Schedule:
 
     def __init__(self, config: RunConfig, is_main: bool, signals: StopSignals) -> None:
         self.config = config
+        self.stop_file = Path(config.run_dir) / STOP_FILE
+        self.stop_seen, self.looked = False, -STOP_FILE_SECONDS
         self.is_main = is_main
         self.signals = signals
         self.last_save = time.monotonic()
@@ -22,7 +28,20 @@ class Schedule:
         """Clocks differ between ranks: only rank 0's counts."""
         every = self.config.checkpoint.save_interval_minutes
         save = self.is_main and every > 0 and time.monotonic() - self.last_save >= every * 60
-        return Requests(stop=self.signals.received is not None or self._out_of_time(), save=save)
+        return Requests(
+            stop=self.signals.received is not None or self._out_of_time() or self._asked(), save=save
+        )
+
+    def _asked(self) -> bool:
+        now = time.monotonic()
+        if self.is_main and not self.stop_seen and now - self.looked >= STOP_FILE_SECONDS:
+            self.stop_seen, self.looked = self.stop_file.exists(), now
+        return self.stop_seen
+
+    def obeyed(self) -> None:
+        """Take the stop file away once the run is saved: one `touch` stops one attempt."""
+        if self.is_main and self.stop_seen:
+            self.stop_file.unlink(missing_ok=True)
 
     def _out_of_time(self) -> bool:
         limit = self.config.training.exit_after_minutes
@@ -51,4 +70,6 @@ class Schedule:
         """Why the run stops, as far as this rank knows."""
         if self.signals.received is not None:
             return self.signals.received
+        if self.stop_seen:
+            return "stop file"
         return "exit_after_minutes" if self._out_of_time() else "signal to another rank"

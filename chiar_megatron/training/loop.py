@@ -26,6 +26,7 @@ from chiar_megatron.errors import (
     CheckpointError,
     ChiarError,
     DataError,
+    NonFiniteError,
 )
 from chiar_megatron.runtime.device import set_deterministic
 from chiar_megatron.runtime.distributed import World
@@ -72,7 +73,8 @@ def pretrain(
         on_main(lambda: folder.write_config(config))
         return trainer.run()
     except BaseException as error:
-        reason = "error: " + (str(error).splitlines() or [type(error).__name__])[0]
+        kind = "not finite" if isinstance(error, NonFiniteError) else "error"
+        reason = f"{kind}: " + (str(error).splitlines() or [type(error).__name__])[0]
         code = EXIT_BAD_INPUT if isinstance(error, ChiarError) else 1
         if trainer is not None:
             trainer.end(reason, code)
@@ -182,7 +184,7 @@ class Trainer:
             return  # what is under way may still be a good step, and is part of the weights by now
         # Weights are as before those steps, but maybe near their end: older checkpoints stay.
         self._save(required=True, delete_old=False)
-        raise ChiarError(
+        raise NonFiniteError(
             f"loss or gradient was not finite in {self.bad_in_a_row} steps in a row "
             f"(training.max_bad_steps), up to step {self.step}; those steps changed no weights, and a "
             "checkpoint was kept. Go back with checkpoint.load_step=N, and lower optimizer.lr or leave text "
@@ -266,6 +268,7 @@ class Trainer:
         code = EXIT_DONE if done else EXIT_RESUMABLE
         reason = "done" if done else (stop_reason or "exit_after_steps")
         self.end(reason, code)
+        self.schedule.obeyed()
         return code
 
     def end(self, reason: str, code: int) -> None:

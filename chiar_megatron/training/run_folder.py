@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from chiar_megatron.checkpoint.files import write_durably
 from chiar_megatron.config.load import dump_config
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.errors import ChiarError
+from chiar_megatron.runtime.installed import code_version
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def _environment(world_size: int) -> dict[str, Any]:
 
     return {
         "chiar_megatron": __version__,
-        "code": _code_version(),
+        "code": code_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "megatron_core": version("megatron-core"),
@@ -70,19 +70,3 @@ def _environment(world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         "command": sys.argv,
     }
-
-
-def _code_version() -> str | None:
-    """The commit of the checkout this code runs from, `+changes` if it was edited; None outside one."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        return commit.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

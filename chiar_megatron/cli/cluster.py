@@ -1,0 +1,81 @@
+"""`chiar submit`, and what its jobs call: `prepare` and `attempt`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chiar_megatron.cli.common import count
+from chiar_megatron.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from chiar_megatron.cli.common import Verbs
+
+
+def add_cluster_verbs(verbs: Verbs) -> None:
+    """The verbs of this file, with their options."""
+    submit = verbs.add_parser("submit", help="check a recipe and send it to SLURM")
+    _add_recipe(submit)
+    submit.add_argument("--cluster", type=Path, metavar="FILE", help="site settings (default ./cluster.yaml)")
+    submit.add_argument("--nodes", type=count, metavar="N", help="default: as few as the layout needs")
+    submit.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    submit.set_defaults(run=_submit)
+
+    prepare = verbs.add_parser("prepare", help="tokenise and index what a recipe's data still lacks")
+    _add_recipe(prepare)
+    prepare.add_argument("--workers", type=count, default=1, metavar="N")
+    prepare.set_defaults(run=_prepare)
+
+    attempt = verbs.add_parser("attempt", help="for slurm/pretrain.sbatch: note how a job began or ended")
+    attempt.add_argument("event", choices=("begin", "end"))
+    attempt.add_argument("run_dir", type=Path)
+    attempt.add_argument("--max-tries", type=count, default=3)
+    attempt.add_argument("--exit-code", type=int, default=0, help="of the job step")
+    attempt.add_argument("--signal", default="", help="that the batch script got")
+    attempt.add_argument("--signal-seconds", type=int, default=120)
+    attempt.add_argument("--job-facts", default="", help="what `scontrol show job -o` says")
+    attempt.set_defaults(run=_attempt)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="YAML recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="fields to overrule")
+
+
+def _submit(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.cluster.submit import plan_submission, submit
+
+    submission = plan_submission(parsed.recipe, parsed.overrides, parsed.cluster, parsed.nodes)
+    if parsed.dry_run:
+        for problem in submission.problems:
+            print(f"warning: {problem}", file=sys.stderr)
+        for line in submission.estimates:
+            print(line, file=sys.stderr)
+        print(submission.script(submission.recipe, submission.overrides), end="")
+        return EXIT_DONE
+    print("\n".join([*submission.estimates, *submit(submission)]))
+    return EXIT_DONE
+
+
+def _prepare(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.cluster.prepare import prepare
+    from chiar_megatron.config.load import load_config
+    from chiar_megatron.config.validate import check_config
+
+    config = load_config(parsed.recipe, parsed.overrides)
+    check_config(config)
+    prepare(config, parsed.workers, print)
+    return EXIT_DONE
+
+
+def _attempt(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.cluster.attempts import begin_attempt, end_attempt
+
+    if parsed.event == "begin":
+        begin_attempt(parsed.run_dir, parsed.max_tries)
+        return EXIT_DONE
+    facts, lead = parsed.job_facts, parsed.signal_seconds
+    print(end_attempt(parsed.run_dir, parsed.exit_code, parsed.signal, facts, lead, parsed.max_tries))
+    return EXIT_DONE

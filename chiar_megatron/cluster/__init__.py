@@ -1,0 +1,1 @@
+"""SLURM: site settings, preflight, submission, attempts of a run."""

@@ -1,0 +1,109 @@
+"""From a recipe to jobs in the queue, with what was submitted kept in `RUN/submit`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from chiar_megatron import __version__
+from chiar_megatron.checkpoint.files import write_durably
+from chiar_megatron.cluster.preflight import (
+    Placement,
+    check_run,
+    estimates,
+    find_problems,
+    place,
+    submit_script,
+)
+from chiar_megatron.cluster.prepare import Unprepared, find_unprepared
+from chiar_megatron.cluster.script import prepare_script, pretrain_script
+from chiar_megatron.cluster.site import ClusterConfig, load_cluster
+from chiar_megatron.config.load import dump_config, load_config
+from chiar_megatron.config.problems import raise_problems
+from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.errors import ChiarError
+from chiar_megatron.runtime.installed import code_version
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A recipe on its way to the queue."""
+
+    recipe: Path
+    overrides: tuple[str, ...]
+    config: RunConfig
+    cluster: ClusterConfig
+    placement: Placement
+    unprepared: Unprepared
+    problems: list[str]
+    """What would stop the job; warnings of a dry run."""
+    estimates: list[str]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run_dir)
+
+    @property
+    def name(self) -> str:
+        """Of the job: the run folder's, for one run has one job (singleton chains rest on it)."""
+        return f"chiar-{self.run_dir.absolute().name}"
+
+    def script(self, recipe: Path, overrides: Sequence[str]) -> str:
+        """The training job's script, for this recipe file."""
+        command = ["pretrain", str(recipe), *overrides]
+        return pretrain_script(self.run_dir, self.name, command, self.cluster, self.placement)
+
+
+def plan_submission(
+    recipe: Path, overrides: Sequence[str], cluster_file: Path | None, nodes: int | None
+) -> Submission:
+    """Read and check everything; nothing is written. Raises ConfigError for a malformed recipe, cluster
+    file or layout."""
+    config = load_config(recipe, overrides)
+    cluster = load_cluster(cluster_file)
+    placement = place(config, cluster, nodes)
+    check_run(config, placement)
+    unprepared = find_unprepared(config)
+    problems = find_problems(config, cluster, unprepared)
+    estimated = estimates(config, placement)
+    return Submission(recipe, tuple(overrides), config, cluster, placement, unprepared, problems, estimated)
+
+
+def submit(submission: Submission) -> list[str]:
+    """Snapshot and submit; returns the lines to tell the user.
+
+    Raises ConfigError for what preflight found, LaunchError if sbatch refuses, ChiarError if the run folder
+    cannot be written.
+    """
+    raise_problems(submission.problems)
+    run_dir, folder = submission.run_dir, submission.run_dir / "submit"
+    recipe, script = folder / "recipe.yaml", folder / "pretrain.sbatch"
+    version = {"chiar_megatron": __version__, "code": code_version(), "unix_seconds": time.time()}
+    source = {"recipe": str(submission.recipe), "overrides": list(submission.overrides)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(recipe, dump_config(submission.config))
+        write_durably(folder / "version.json", json.dumps({**version, **source}, indent=1))
+        write_durably(script, submission.script(recipe, ()))
+        lines, options = [], []
+        if submission.unprepared:
+            preparing = folder / "prepare.sbatch"
+            command = ["prepare", str(recipe)]
+            write_durably(preparing, prepare_script(run_dir, submission.name, command, submission.cluster))
+            job = submit_script(preparing, ())
+            lines.append(f"job {job} prepares the data on CPUs: {run_dir}/prepare-{job}.out")
+            options = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
+    except OSError as error:
+        raise ChiarError(f"run_dir {run_dir} cannot be written: {error}; choose another") from None
+    job = submit_script(script, options)
+    placement = submission.placement
+    return [
+        *lines,
+        f"job {job}: {placement.nodes} node(s) x {placement.tasks_per_node} task(s), run folder {run_dir}",
+        f"watch   squeue -j {job}; tail -f {run_dir}/slurm-{job}.out; {run_dir}/metrics.jsonl",
+        f"stop    touch {run_dir}/STOP (saves first); scancel {job} saves too if SLURM's KillWait allows",
+    ]

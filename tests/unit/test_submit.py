@@ -1,0 +1,104 @@
+"""`chiar submit --dry-run`, cluster.yaml, and what follows an attempt, by the command line and real files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chiar_megatron.cluster.attempts import LOST, begin_attempt, end_attempt
+from chiar_megatron.cluster.site import load_cluster
+from chiar_megatron.errors import ChiarError, ConfigError
+
+RECIPE = "run_dir: run\nmodel: {hidden_size: 32, vocab_size: 97}\ndata: {train: [text], eod_token: 0}\n"
+
+RUNNING = "JobState=RUNNING StartTime=2000-12-31T00:00:00 EndTime="
+# What scontrol says of a job that scancel or its time limit is ending.
+ENDING = "JobState=COMPLETING StartTime=2026-01-01T00:00:00 TimeLimit=00:10:00 EndTime=2026-01-01T"
+
+
+def chiar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "chiar_megatron.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_a_dry_run_prints_a_shell_script_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "cluster.yaml").write_text(
+        "partition: gpu\ngpus_per_node: 4\nmodules: [cuda]\nenvironment: {NCCL_IB_HCA: mlx5}\n"
+    )
+    shown = chiar(tmp_path, "submit", "r.yaml", "--dry-run", "training.steps=7")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("#!/bin/bash\n") and "warning: data.train" in shown.stderr
+    for line in ("#SBATCH --partition=gpu", "#SBATCH --gres=gpu:1", "module load cuda"):
+        assert line in shown.stdout.splitlines()
+    assert "PRETRAIN=(pretrain r.yaml training.steps=7)" in shown.stdout
+    checked = subprocess.run(["bash", "-n"], input=shown.stdout, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.yaml", "r.yaml"]
+    malformed = chiar(tmp_path, "submit", "r.yaml", "model.hiden_size=3", "--dry-run")
+    assert malformed.returncode == 2 and "hidden_size" in malformed.stderr and malformed.stdout == ""
+
+
+def test_a_wrong_cluster_file_names_each_key(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("partitoin: gpu\ngpus_per_node: many\ntime: 1:30:00\n")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(path)
+    text = str(caught.value)
+    assert "nearest: partition" in text and "gpus_per_node: 'many' is not an integer" in text
+    assert "quote it" in text
+
+
+def write_exit(run_dir: Path, reason: str) -> None:
+    record = {"reason": reason, "step": 5, "exit_code": 75, "unix_seconds": 4e9}
+    (run_dir / "exit.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("said", "facts", "verdict"),
+    [
+        ("done", "", "stop: done"),
+        ("stop file", "", "stop: stop file"),
+        ("not finite: loss", "", "stop: not finite"),
+        ("SIGTERM", "JobState=CANCELLED", "stop: scancel"),
+        ("SIGTERM", "JobState=PREEMPTED", "wait: preemption"),
+        ("SIGTERM", f"{ENDING}00:01:05", "stop: scancel"),
+        ("SIGTERM", f"{ENDING}00:10:03", "requeue: time limit"),
+        ("SIGTERM", "JobState=PENDING", "wait: node failure or requeue"),
+        (
+            "SIGUSR1",
+            f"{RUNNING}2001-01-01T00:00:00",
+            "requeue: time limit",
+        ),
+        (
+            "SIGUSR1",
+            f"Requeue=0 {RUNNING}2001-01-01T00:00:00",
+            "resubmit: time limit",
+        ),
+        (
+            "SIGUSR1",
+            f"{RUNNING}2099-01-01T00:00:00",
+            "requeue: signal",
+        ),
+    ],
+)
+def test_what_follows_an_attempt(tmp_path: Path, said: str, facts: str, verdict: str) -> None:
+    begin_attempt(tmp_path, 3, {})
+    write_exit(tmp_path, said)
+    assert str(end_attempt(tmp_path, 75, "", facts, 120, 3)) == verdict
+
+
+def test_failures_in_one_place_stop_the_run(tmp_path: Path) -> None:
+    begin_attempt(tmp_path, 3, {})  # is lost
+    begin_attempt(tmp_path, 3, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    lines = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
+    assert [line.get("reason") for line in lines] == [None, LOST, None]
+    assert end_attempt(tmp_path, 1, "", "", 120, 3).action == "requeue"
+    begin_attempt(tmp_path, 3, {})
+    assert end_attempt(tmp_path, 1, "", "", 120, 3).action == "stop"
+    with pytest.raises(ChiarError, match="3 attempts in a row failed after step 0"):
+        begin_attempt(tmp_path, 3, {})

@@ -6,7 +6,7 @@ import getpass
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chiar_megatron.cluster.prepare import Unprepared
@@ -14,7 +14,10 @@ from chiar_megatron.cluster.site import ClusterConfig
 from chiar_megatron.config.fields import nearest_name
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.config.validate import check_config, check_paths
-from chiar_megatron.errors import ConfigError, LaunchError
+from chiar_megatron.errors import ChiarError, ConfigError, LaunchError
+from chiar_megatron.planning.report import Plan
+from chiar_megatron.planning.speed import Cluster
+from chiar_megatron.training.loop import resolve
 
 ASK_SECONDS = 20  # for sinfo and sacctmgr
 
@@ -70,8 +73,21 @@ def check_run(config: RunConfig, placement: Placement) -> None:
 
 
 def estimates(config: RunConfig, placement: Placement) -> list[str]:
-    """Lines of memory and FLOP estimates; `chiar plan` fills them in where it is there."""
-    return []
+    """What `chiar plan` says of FLOPs, memory and speed; a reason alone where the tokenizer, which knows
+    the vocabulary, is not there yet."""
+    parallel = config.parallel
+    replica = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+    gpus = placement.nodes * placement.tasks_per_node
+    try:
+        resolved = resolve(replace(config, parallel=replace(parallel, data_parallel_size=gpus // replica)))
+    except ChiarError as error:
+        return [f"no estimate of memory and speed: {error}"]
+    cluster = Cluster(gpus=gpus, gpus_per_node=placement.tasks_per_node)
+    return Plan(resolved, gpus // replica, cluster, listed=False).summary()
 
 
 def find_problems(config: RunConfig, cluster: ClusterConfig, unprepared: Unprepared) -> list[str]:

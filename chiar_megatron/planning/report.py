@@ -52,6 +52,10 @@ class Plan:
         for section in SECTIONS:
             yield from section(self)[0]
 
+    def summary(self) -> list[str]:
+        """What is told before a run is submitted: FLOPs, and this layout's memory and speed."""
+        return [*_flops(self)[0], *_own_layout(self)[0]]
+
     def json_line(self) -> str:
         """For programs."""
         fields: dict[str, Any] = {}

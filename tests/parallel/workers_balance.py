@@ -53,7 +53,7 @@ def tell(config: RunConfig, layouts: dict[str, ParallelConfig], steps: int) -> d
             batches: list[Any] = [
                 read_batch(own, layout.positions(step, m)) for m in range(layout.num_micro_batches)
             ]
-            routers = [layer.router for layer in routed_layers(engine.module) if layer.router is not None]
+            routers = [layer.router for layer in routed_layers(engine.chunks) if layer.router is not None]
             answer.thresholds.append({r.layer_number: float(r.threshold) for r in routers})
             sums = engine.launch_step(batches, step, detailed=step < steps - 1).result().sums
             answer.routing.append(sums.routing)

@@ -27,7 +27,10 @@ def write_and_load(folder: str, kinds: list[str], grid: list[tuple[int, int]]) -
     root, env = Path(folder), read_process_env()
     configs = {kind: _config(root / f"{kind}.native") for kind in kinds}
     for size, stages in grid:
-        parallel = ParallelConfig(tensor_model_parallel_size=size, pipeline_model_parallel_size=stages)
+        # Megatron-LM's files have as many layers in every stage.
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=size, pipeline_model_parallel_size=stages, layout="even"
+        )
         world = initialize(parallel, RuntimeConfig(device="cpu"), env)
         for kind in kinds:
             config = configs[kind]

@@ -55,11 +55,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     config = resolve(config)
     check_config(config, parsed.gpus)
     parallel = config.parallel
-    one_replica = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    one_replica = parallel.processes_per_replica
     replicas = parallel.data_parallel_size or (parsed.gpus or one_replica) // one_replica
     config = replace(config, parallel=replace(parallel, data_parallel_size=replicas))
     given = {"tflops": parsed.tflops, "link_gb_s": parsed.link_gb_s, "network_gb_s": parsed.network_gb_s}

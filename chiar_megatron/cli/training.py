@@ -41,13 +41,7 @@ def _pretrain(parsed: argparse.Namespace) -> int:
     check_config(config)
     check_paths(config)
     env = read_process_env()
-    parallel = config.parallel
-    processes = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-        * (parallel.data_parallel_size or 1)
-    )
+    processes = config.parallel.processes_per_replica * (config.parallel.data_parallel_size or 1)
     if env.launcher == "none" and processes > 1:
         return relaunch(processes, Path(config.run_dir) / "logs")
     from chiar_megatron.training.signals import StopSignals
@@ -56,7 +50,7 @@ def _pretrain(parsed: argparse.Namespace) -> int:
     from chiar_megatron.runtime.distributed import initialize, shutdown
     from chiar_megatron.training.loop import pretrain
 
-    world = initialize(parallel, config.runtime, env)
+    world = initialize(config.parallel, config.runtime, env)
     try:
         return pretrain(config, world, signals)
     finally:

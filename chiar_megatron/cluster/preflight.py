@@ -37,11 +37,7 @@ def place(config: RunConfig, cluster: ClusterConfig, nodes: int | None) -> Place
     Raises ConfigError where the layout does not fit, or does not divide evenly.
     """
     parallel, training = config.parallel, config.training
-    replica = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    replica = parallel.processes_per_replica
     most = cluster.gpus_per_node
     if parallel.data_parallel_size is not None:
         world = replica * parallel.data_parallel_size
@@ -76,11 +72,7 @@ def estimates(config: RunConfig, placement: Placement) -> list[str]:
     """What `chiar plan` says of FLOPs, memory and speed; a reason alone where the tokenizer, which knows
     the vocabulary, is not there yet."""
     parallel = config.parallel
-    replica = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    replica = parallel.processes_per_replica
     gpus = placement.nodes * placement.tasks_per_node
     try:
         resolved = resolve(replace(config, parallel=replace(parallel, data_parallel_size=gpus // replica)))

@@ -224,6 +224,12 @@ class ParallelConfig:
     """Gather the weights that the distributed optimizer has updated layer by layer while forward goes on;
     needs `distributed_optimizer` and `overlap_grad_reduce`."""
 
+    @property
+    def processes_per_replica(self) -> int:
+        """Processes that hold one model together: tensor × pipeline × context parallel size."""
+        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        return tensor * pipeline * self.context_parallel_size
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

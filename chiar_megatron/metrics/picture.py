@@ -30,7 +30,7 @@ from chiar_megatron.metrics.picture_routing import (
 # Okabe and Ito's colours, which colour-blind readers tell apart: the run, then what it is compared with.
 _RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -40,7 +40,7 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.3,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
-    "svg.hashsalt": "chiar",  # the same run gives the same bytes
+    "svg.hashsalt": "chiar",  # the same figures give the same bytes
 }
 
 
@@ -103,7 +103,7 @@ def draw_run(
         _load(folder, label, colour)
         for (label, folder), colour in zip(folders.items(), _RUN_COLOURS, strict=False)
     ]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = _draw(run_dir, runs)
         try:
             png.parent.mkdir(parents=True, exist_ok=True)

@@ -233,16 +233,21 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         operators = [(self.spectral_norm, self.spectral), (self.input_layernorm, attention)]
         if self.rbf is not None:
             operators.append((self.rbf_norm, rbf))
-        outputs_SBH = [self._residual(norm, x_BSH, op)[0].transpose(0, 1) for norm, op in operators]
+        outputs_SBH = [self._residual(norm, x_BSH, op, users=1)[0].transpose(0, 1) for norm, op in operators]
         return dispatch_dense(decision, outputs_SBH).transpose(0, 1)
 
     def _residual(
-        self, norm: torch.nn.Module, x_BSH: Tensor, operator: Any, bias_H: Tensor | None = None
+        self,
+        norm: torch.nn.Module,
+        x_BSH: Tensor,
+        operator: Any,
+        bias_H: Tensor | None = None,
+        users: int = 2,
     ) -> tuple[Tensor, ...]:
-        """The sum, in post-norm normalised, for its two users; bias_H: what the operator left out."""
+        """The sum, in post-norm normalised, once for each user; bias_H: what the operator left out."""
         if self.model.norm == "post":
-            return add_and_norm(norm, x_BSH, operator(x_BSH), bias_H, users=2)
-        return (x_BSH + operator(norm(x_BSH)),) * 2
+            return add_and_norm(norm, x_BSH, operator(x_BSH), bias_H, users)
+        return (x_BSH + operator(norm(x_BSH)),) * users
 
     def _regularise(self, x_BSH: Tensor, decision: RouteDecision, context: ForwardContext) -> Tensor:
         weight = self.model.router.collapse_weight

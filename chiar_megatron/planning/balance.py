@@ -142,12 +142,7 @@ def simulate(
     """
     routed = _routed(config)
     _check(config, traces, routed)
-    parallel = config.parallel
-    one_replica = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    one_replica = config.parallel.processes_per_replica
     sizes = [(number, number // one_replica) for number in ranks if number >= one_replica]
     if not sizes:
         raise ChiarError(

@@ -61,11 +61,7 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, env: ProcessEnv
     """
     device = select_device(runtime.device, env.local_rank)
     set_threads(runtime.threads_per_process, env.local_world_size)
-    model_parallel = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    model_parallel = parallel.processes_per_replica
     if env.world_size % model_parallel:
         raise ConfigError(
             f"{env.world_size} processes do not divide by the {model_parallel} of "

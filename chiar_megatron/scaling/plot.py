@@ -13,22 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from chiar_megatron.errors import DataError
+from chiar_megatron.metrics.picture import STYLE
 from chiar_megatron.scaling.analysis import Analysis
 from chiar_megatron.scaling.law import predict_loss
 from chiar_megatron.scaling.predict import optimum
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "svg.hashsalt": "chiar",  # the same fit gives the same bytes
-}
 _MARKERS = "os^Dv"
 _MOST_CURVES = 8  # sizes or budgets drawn as curves of their own
 
@@ -36,7 +25,7 @@ _MOST_CURVES = 8  # sizes or budgets drawn as curves of their own
 def draw_fit(analysis: Analysis, folder: Path) -> list[Path]:
     """Write `curves.png` and `isoflop.png`, and an SVG beside each. Raises DataError if it cannot."""
     written = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, draw in (("curves", _draw_curves), ("isoflop", _draw_isoflop)):
             figure = Figure(figsize=(6.4, 4.4), layout="constrained")
             FigureCanvasAgg(figure)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chiar_megatron.config.fields import field_types
-from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.config.schema import ParallelConfig, RunConfig
 from chiar_megatron.config.validate import LIMITS, check_config, check_paths
 from chiar_megatron.errors import ConfigError
 from tests.unit.config_fields import with_fields
@@ -226,3 +226,9 @@ def test_check_paths_names_the_nearest_existing_file(tmp_path: Path) -> None:
 def test_check_paths_wants_training_data() -> None:
     with pytest.raises(ConfigError, match=r"^data.train: is empty; give prefixes of .bin/.idx files"):
         check_paths(RunConfig())
+
+
+def test_a_replica_is_held_by_tensor_pipeline_and_context_ranks():
+    sizes = {"tensor": 2, "pipeline": 3, "context": 5}
+    parallel = {f"{name}_{'model_' * (name != 'context')}parallel_size": n for name, n in sizes.items()}
+    assert ParallelConfig(**parallel, data_parallel_size=7).processes_per_replica == 30

@@ -19,7 +19,7 @@ _WAITS_HEAD = (
     "cudaEventSynchronize for the figures of the step before, when the next is on its way):"
 )
 STEPS = 2
-ROWS = 25
+ROWS = 60
 # What makes the host wait, or tells that it does. A copy waits only if it is to pageable memory.
 WAITS = (
     "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",

@@ -28,7 +28,6 @@ from chiar_megatron.bench.step_sides import (
     flops_per_token,
 )
 from chiar_megatron.bench.timing import Spread, matmul_rate, synchronize
-from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.dataset import TokenStream, build_streams
 from chiar_megatron.metrics.meters import DevicePeak, device_peak, mfu
 from chiar_megatron.runtime.distributed import World, shutdown, single_process_world
@@ -171,20 +170,20 @@ class StepBench:
         report, before = self.report, len(self.report.checks.measured)
         compiled = self.settings.check_compiled
         if side.kind == "nanogpt":
-            settings = self._plain(side.config)
+            settings = self._plain(side)
             settings = replace(settings, compiled=settings.compiled and compiled)
             check_plain(settings, side.config, self.device, report.checks)
         else:
             check_product(side.name, side.config, self.world, report.checks, compiled)
         report.say(f"{side.name}: {report.checks.summary(before)}")
 
-    def _plain(self, config: RunConfig) -> PlainSettings:
+    def _plain(self, side: Side) -> PlainSettings:
         compiled = {"yes": True, "no": False}.get(self.settings.compile, self.device.type == "cuda")
-        return PlainSettings.beside(config, compiled)
+        return PlainSettings.beside(side.config, compiled, cudnn=side.name == "nanogpt-cudnn")
 
     def _build(self, side: Side, stream: TokenStream) -> Trainee:
         if side.kind == "nanogpt":
-            return PlainTrainee(self._plain(side.config), side.config, self.device, stream)
+            return PlainTrainee(self._plain(side), side.config, self.device, stream)
         return Product(side.config, self.world, stream)
 
     def _warm_up(self, trainee: Trainee, side: Side) -> dict[str, Any]:
@@ -232,7 +231,7 @@ class StepBench:
             result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         model = side.config.model
         if side.kind == "nanogpt":
-            model = self._plain(side.config).counted_as(model)
+            model = self._plain(side).counted_as(model)
         share = 1.0
         if "rows" in result:
             share = result["rows"]["useful"] / result["rows"]["tokens"]

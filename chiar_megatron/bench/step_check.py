@@ -120,12 +120,12 @@ def check_plain(settings: PlainSettings, config: RunConfig, device: torch.device
     reference.load_state_dict(model.state_dict())
     tokens_BS, labels_BS = _batch(sizes.vocab, sizes.seq_length, device, config.training.seed)
     compute = torch.compile(model) if settings.compiled else model
-    with autocast(device, settings.precision), plain_backends(device):
+    with autocast(device, settings.precision), plain_backends(device, settings.cudnn):
         loss = compute(tokens_BS, labels_BS)
     reference_loss = reference(tokens_BS, labels_BS)
     gradients, references = (_gradients(net, of) for net, of in ((model, loss), (reference, reference_loss)))
     limits = _LIMITS[_kind(config, device)]
-    what = f"nanogpt: 2 layers, {settings.precision} against plain fp32"
+    what = f"plain GPT{', cuDNN' * settings.cudnn}: 2 layers, {settings.precision} against plain fp32"
     checks.close(f"{what}: loss", loss.float(), reference_loss, limits[0])
     _check_gradients(what, gradients, references, limits, checks)
 

@@ -13,7 +13,9 @@ from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.config.validate import check_config
 from chiar_megatron.errors import ConfigError
 
-SIDES = ("twin", "routed", "nanogpt")
+PLAIN_SIDES = ("nanogpt", "nanogpt-cudnn")
+"""The plain GPT, with torch's own choice of attention (flash) and with the one that is fastest on Hopper."""
+SIDES = ("twin", "routed", *PLAIN_SIDES)
 TINY_VOCAB = 512  # the tiny preset names no vocabulary
 
 
@@ -103,8 +105,9 @@ def sides_of(settings: StepSettings, world_size: int) -> list[Side]:
     """All sides in their order: the plain GPT, the twin, what is routed, and the twin once more."""
     twin = Side("twin", "product", twin_config(settings, world_size), settings.warmup)
     sides = []
-    if "nanogpt" in settings.sides:
-        sides.append(Side("nanogpt", "nanogpt", twin.config, settings.warmup))
+    for name in PLAIN_SIDES:
+        if name in settings.sides:
+            sides.append(Side(name, "nanogpt", twin.config, settings.warmup))
     if "twin" in settings.sides:
         sides.append(twin)
     if "routed" in settings.sides:

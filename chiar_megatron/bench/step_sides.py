@@ -158,11 +158,13 @@ class PlainSettings:
     sizes: PlainGptSizes
     precision: str
     compiled: bool
+    cudnn: bool
+    """Attention by cuDNN rather than flash."""
     lr: float = 1e-4
     clip: float = 1.0
 
     @staticmethod
-    def beside(twin: RunConfig, compiled: bool) -> PlainSettings:
+    def beside(twin: RunConfig, compiled: bool, cudnn: bool) -> PlainSettings:
         """Of the twin's sizes; the vocabulary padded to 64 rows, as nanoGPT's users do."""
         model = twin.model
         assert model.vocab_size is not None
@@ -173,7 +175,7 @@ class PlainSettings:
             seq_length=model.seq_length,
             vocab=math.ceil(model.vocab_size / 64) * 64,
         )
-        return PlainSettings(sizes, twin.training.precision, compiled, twin.optimizer.lr)
+        return PlainSettings(sizes, twin.training.precision, compiled, cudnn, twin.optimizer.lr)
 
     def counted_as(self, twin: ModelConfig) -> ModelConfig:
         """What the FLOP ledger counts for it."""
@@ -207,7 +209,8 @@ class PlainTrainee:
         micro_batches = next(self.batches)
         for batch in micro_batches:
             tokens_BS, labels_BS = (self._to_device(t) for t in (batch.tokens_BS, batch.labels_BS))
-            with autocast(self.device, self.settings.precision), plain_backends(self.device):
+            backends = plain_backends(self.device, self.settings.cudnn)
+            with autocast(self.device, self.settings.precision), backends:
                 loss = self.compute(tokens_BS, labels_BS) / len(micro_batches)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
@@ -237,12 +240,12 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def plain_backends(device: torch.device) -> Any:
-    """Flash before others: torch's own order, which the product changes for its process."""
+def plain_backends(device: torch.device, cudnn: bool) -> Any:
+    """Flash before others: torch's own order, which the product changes for its process; or cuDNN first."""
     if device.type != "cuda":
         return nullcontext()
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION] * cudnn + order, set_priority=True)
 
 
 def flops_per_token(model: ModelConfig, share: float) -> float:

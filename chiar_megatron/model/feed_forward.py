@@ -10,6 +10,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from chiar_megatron.operators.activation import bias_gelu
 from chiar_megatron.operators.parallel_linear import parallel_linear
 
 
@@ -35,7 +36,8 @@ class FeedForward(MLP):
         if self.config.gated_linear_unit:
             gate, up = parallel_linear(fc1, x_BSH).chunk(2, dim=-1)
             return self.activation_func(gate) * up  # type: ignore[no-any-return]
-        return self.activation_func(parallel_linear(fc1, x_BSH))  # type: ignore[no-any-return]
+        assert self.activation_func is F.gelu
+        return bias_gelu(parallel_linear(fc1, x_BSH, biased=False), fc1.bias)
 
     def _dropout_inner(self, inner_BSF: Tensor) -> Tensor:
         if not self.training or self.config.hidden_dropout == 0.0:

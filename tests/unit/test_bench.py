@@ -200,12 +200,12 @@ def test_a_wrong_side_of_the_step_is_refused(tmp_path, monkeypatch, capsys):
 
 def test_a_wrong_plain_gpt_is_refused(monkeypatch):
     config = twin_config(StepSettings.of(parse(STEP), CPU), 1)
-    settings = PlainSettings.beside(config, compiled=False)
+    settings = PlainSettings.beside(config, compiled=False, cudnn=False)
     step_check.check_plain(settings, config, CPU, Checks())
     everything = torch.ones(32, 32, dtype=torch.bool)
     right = baselines.plain_attention
     monkeypatch.setattr(baselines, "plain_attention", lambda q, k, v: right(q, k, v, everything))
-    with pytest.raises(WrongResult, match="nanogpt"):
+    with pytest.raises(WrongResult, match="plain GPT"):
         step_check.check_plain(settings, config, CPU, Checks())
 
 
@@ -260,7 +260,7 @@ def test_fields_of_the_recipe_can_be_overruled():
 def test_the_plain_gpt_has_the_size_of_the_400m_twin():
     parsed = parse("step --preset 400m --seq-length 256 --tokens-per-step 32768")
     config = twin_config(StepSettings.of(parsed, CPU), 1)
-    settings = PlainSettings.beside(config, compiled=False)
+    settings = PlainSettings.beside(config, compiled=False, cudnn=False)
     with torch.device("meta"):
         model = baselines.PlainGpt(settings.sizes)
     assert (

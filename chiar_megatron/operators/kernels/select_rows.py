@@ -1,7 +1,7 @@
 """From a router's choice to rows, in one launch of one program: count, cut to the capacity, number.
 
-The cut is found by bisection over the scores' bits, and only where there is overflow: a sort for every layer
-would cost more than the layer's routing.
+The cut is sought among the scores' bits, and only where there is overflow: a sort for every layer would cost
+more than the layer's routing.
 """
 
 # Kernels are Triton's language, not typed Python.
@@ -15,8 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 8192, 32
+# Bits of a count; the search for the cut adds three at once.
+FIELD = tl.constexpr(21)
+COUNT = tl.constexpr(2**21 - 1)
 # The lowest key: every score that is a number lies above it.
 LOWEST = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
 
 
 def select_rows(
@@ -46,22 +50,37 @@ def _load(light_ptr, score_ptr, start, N, BLOCK_N: tl.constexpr):
 def _select_kernel(inputs, outputs, N, capacity, BLOCK_N: tl.constexpr):
     light_ptr, score_ptr = inputs
     kept_ptr, slot_ptr, index_ptr, rest_ptr, counts_ptr = outputs
-    total = 0
+    total, cut, high = 0, tl.cast(HIGHEST, tl.int64), tl.cast(LOWEST, tl.int64)
     for start in range(0, N, BLOCK_N):
         place, light, key = _load(light_ptr, score_ptr, start, N, BLOCK_N)
         total += tl.sum(light, 0)
-    cut = tl.cast(LOWEST, tl.int64)
+        cut = tl.minimum(cut, tl.min(tl.where(light > 0, key, HIGHEST), 0).to(tl.int64))
+        high = tl.maximum(high, tl.max(tl.where(light > 0, key, LOWEST), 0).to(tl.int64))
     if total > capacity:
-        # The largest key that `capacity` light tokens reach or pass.
-        high = tl.cast(2**31 - 1, tl.int64)
+        # The largest key that `capacity` light tokens reach or pass: the interval that holds it is quartered.
         while cut < high:
-            middle = (cut + high + 1) >> 1
-            reached = 0
+            third = cut + (3 * (high - cut) + 3) // 4
+            second = cut + (high - cut + 1) // 2
+            first = cut + (high - cut + 3) // 4
+            counts = tl.cast(0, tl.int64)
             for start in range(0, N, BLOCK_N):
                 place, light, key = _load(light_ptr, score_ptr, start, N, BLOCK_N)
-                reached += tl.sum(tl.where(key.to(tl.int64) >= middle, light, 0), 0)
-            cut = tl.where(reached >= capacity, middle, cut)
-            high = tl.where(reached >= capacity, high, middle - 1)
+                wide, one = key.to(tl.int64), light.to(tl.int64)
+                # Three counts in one sum.
+                reached = tl.where(wide >= first, one, 0) + tl.where(wide >= second, one << FIELD, 0)
+                reached += tl.where(wide >= third, one << (2 * FIELD), 0)
+                counts += tl.sum(reached, 0)
+            first_reached = (counts & COUNT) >= capacity
+            second_reached = ((counts >> FIELD) & COUNT) >= capacity
+            third_reached = (counts >> (2 * FIELD)) >= capacity
+            high = tl.where(third_reached, high, third - 1)
+            high = tl.where(second_reached, high, second - 1)
+            high = tl.where(first_reached, high, first - 1)
+            cut = tl.where(first_reached, first, cut)
+            cut = tl.where(second_reached, second, cut)
+            cut = tl.where(third_reached, third, cut)
+    else:
+        cut = tl.cast(LOWEST, tl.int64)
     ties_left = 0
     if total > capacity:
         above = 0
@@ -94,6 +113,7 @@ def _select_kernel(inputs, outputs, N, capacity, BLOCK_N: tl.constexpr):
 
 @torch.library.custom_op("chiar_megatron::select_rows", mutates_args=())
 def _select_op(light: Tensor, score: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    assert len(light) < 2**FIELD.value, "counts would overflow their fields"
     light, score = light.contiguous(), score.contiguous()
     outputs = _empty(light, capacity)
     kept, *others = outputs

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLS, ROWS = 256, 8  # of a tile
-BLOCKS = 8  # tiles, one below the other, of a program of the forward pass
-CHUNKS = 64  # of the rows in the backward pass, each with sums of its own
+# Best of a sweep on one H200 (bf16, 32768 x 4096).
+COLS, FORWARD_ROWS, BACKWARD_ROWS = 1024, 8, 2  # of a tile
+BLOCKS = 4  # tiles, one below the other, of a program of the forward pass
+CHUNKS = 256  # of the rows in the backward pass, each with sums of its own
 
 
 def bias_gelu(x_NF: Tensor, bias_F: Optional[Tensor]) -> Tensor:
@@ -37,8 +38,9 @@ def _tail_and_bell(u):
 
 
 @triton.jit
-def _forward_kernel(x_ptr, bias_ptr, y_ptr, N, F, BIASED: tl.constexpr, ROWS: tl.constexpr,
-                    COLS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+def _forward_kernel(tensors, N, F, BIASED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                    BLOCKS: tl.constexpr):  # fmt: skip
+    x_ptr, bias_ptr, y_ptr = tensors
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     bias = tl.load(bias_ptr + col, mask=col < F, other=0.0).to(tl.float32) if BIASED else 0.0
     for block in range(BLOCKS):
@@ -52,10 +54,9 @@ def _forward_kernel(x_ptr, bias_ptr, y_ptr, N, F, BIASED: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def _backward_kernel(tensors, bias_ptr, sums_ptr, N, F, BIASED: tl.constexpr, ROWS: tl.constexpr,
-                     COLS: tl.constexpr):  # fmt: skip
+def _backward_kernel(tensors, N, F, BIASED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """dx, and the sums of its columns over this program's rows [chunks, F]."""
-    grad_ptr, x_ptr, dx_ptr = tensors
+    grad_ptr, x_ptr, bias_ptr, dx_ptr, sums_ptr = tensors
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     bias = tl.load(bias_ptr + col, mask=col < F, other=0.0).to(tl.float32) if BIASED else 0.0
     sums = tl.zeros((ROWS, COLS), tl.float32)
@@ -79,9 +80,9 @@ def _forward_op(x: Tensor, bias: Optional[Tensor]) -> Tensor:
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n, f = x.shape
     if x.numel():
-        grid = (triton.cdiv(f, COLS), triton.cdiv(n, ROWS * BLOCKS))
-        biased = bias is not None
-        _forward_kernel[grid](x, bias if biased else x, y, n, f, biased, ROWS, COLS, BLOCKS, num_warps=4)
+        grid = (triton.cdiv(f, COLS), triton.cdiv(n, FORWARD_ROWS * BLOCKS))
+        tensors = (x, x if bias is None else bias, y)
+        _forward_kernel[grid](tensors, n, f, bias is not None, FORWARD_ROWS, COLS, BLOCKS, num_warps=4)
     return y
 
 
@@ -90,12 +91,13 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> tuple[Tenso
     """Gradients to x, and to the bias in float32 (without one: empty)."""
     grad, x = grad.contiguous(), x.contiguous()
     n, f = x.shape
-    chunks, biased = min(CHUNKS, triton.cdiv(n, ROWS)), bias is not None
+    chunks, biased = min(CHUNKS, triton.cdiv(n, BACKWARD_ROWS)), bias is not None
     dx = torch.empty_like(x)
     sums = torch.empty(chunks, f if biased else 0, dtype=torch.float32, device=x.device)
     if x.numel():
+        tensors = (grad, x, bias if biased else x, dx, sums)
         _backward_kernel[triton.cdiv(f, COLS), chunks](
-            (grad, x, dx), bias if biased else x, sums, n, f, biased, ROWS, COLS, num_warps=4
+            tensors, n, f, biased, BACKWARD_ROWS, COLS, num_warps=4
         )
     return dx, sums.sum(0)
 

@@ -50,26 +50,29 @@ def _load(light_ptr, score_ptr, start, N, BLOCK_N: tl.constexpr):
 def _select_kernel(inputs, outputs, N, capacity, BLOCK_N: tl.constexpr):
     light_ptr, score_ptr = inputs
     kept_ptr, slot_ptr, index_ptr, rest_ptr, counts_ptr = outputs
-    total, cut, high = 0, tl.cast(HIGHEST, tl.int64), tl.cast(LOWEST, tl.int64)
+    # Every lane keeps figures of its own, which meet once, after the loop.
+    lights, least = tl.zeros([BLOCK_N], tl.int32), tl.full([BLOCK_N], HIGHEST, tl.int32)
+    most = tl.full([BLOCK_N], LOWEST, tl.int32)
     for start in range(0, N, BLOCK_N):
         place, light, key = _load(light_ptr, score_ptr, start, N, BLOCK_N)
-        total += tl.sum(light, 0)
-        cut = tl.minimum(cut, tl.min(tl.where(light > 0, key, HIGHEST), 0).to(tl.int64))
-        high = tl.maximum(high, tl.max(tl.where(light > 0, key, LOWEST), 0).to(tl.int64))
+        lights += light
+        least = tl.minimum(least, tl.where(light > 0, key, HIGHEST))
+        most = tl.maximum(most, tl.where(light > 0, key, LOWEST))
+    total, cut, high = tl.sum(lights, 0), tl.min(least, 0).to(tl.int64), tl.max(most, 0).to(tl.int64)
     if total > capacity:
         # The largest key that `capacity` light tokens reach or pass: the interval that holds it is quartered.
         while cut < high:
             third = cut + (3 * (high - cut) + 3) // 4
             second = cut + (high - cut + 1) // 2
             first = cut + (high - cut + 3) // 4
-            counts = tl.cast(0, tl.int64)
+            reached = tl.zeros([BLOCK_N], tl.int64)
             for start in range(0, N, BLOCK_N):
                 place, light, key = _load(light_ptr, score_ptr, start, N, BLOCK_N)
                 wide, one = key.to(tl.int64), light.to(tl.int64)
                 # Three counts in one sum.
-                reached = tl.where(wide >= first, one, 0) + tl.where(wide >= second, one << FIELD, 0)
+                reached += tl.where(wide >= first, one, 0) + tl.where(wide >= second, one << FIELD, 0)
                 reached += tl.where(wide >= third, one << (2 * FIELD), 0)
-                counts += tl.sum(reached, 0)
+            counts = tl.sum(reached, 0)
             first_reached = (counts & COUNT) >= capacity
             second_reached = ((counts >> FIELD) & COUNT) >= capacity
             third_reached = (counts >> (2 * FIELD)) >= capacity

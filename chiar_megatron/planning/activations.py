@@ -122,8 +122,6 @@ class ActivationModel:
             kept += sizes.h * e  # all tokens, gathered for keys and values
         kept += self._gate(token, compiled)
         fused = tensor == 1 and e == 2 and has_fixed_rows(router)
-        if fused and self.config.model.norm == "post":  # what the kernel keeps of the dark tokens' spectrum
-            kept += min(1.0, 1.0 - rows + rows / 8) * sizes.h * e
         if compiled or fused or self.config.model.norm == "pre":
             return kept + token + _STATISTICS
         # By plain code both operators' norm is one in float32: its input, result and chosen weights stay.

@@ -21,7 +21,7 @@ from chiar_megatron.operators.kernels.residual_norm import (
     norm_backward,
     norm_forward,
 )
-from chiar_megatron.operators.kernels.spectral import mix, mix_backward, spectrum_like
+from chiar_megatron.operators.kernels.spectral import mix, mix_backward
 from chiar_megatron.operators.rows import TokenRows
 
 
@@ -65,21 +65,13 @@ def _forward_op(
     bias: Optional[Tensor],
     norms: Sequence[Optional[Tensor]],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, the sum before the norms, and what `mix` keeps; tensors: x, attended, filter."""
+) -> tuple[Tensor, Tensor]:
+    """Output and the sum before the norms; tensors: x, attended, filter."""
     x, attended, filters = tensors
     x = x.contiguous()
-    mixed, spectrum = mix(x, filters, (places[3], places[4]), _kept(places))
+    mixed = mix(x, filters, places[3], places[4])
     source = Source(*places[:3])
-    out, u = norm_forward((x, mixed, bias), attended.contiguous(), source, _norms(norms, eps))
-    return out, u, spectrum
-
-
-def _kept(places: Sequence[Tensor]) -> int:
-    """Tokens without a row for whose spectrum there is room: an eighth of the rows more than if all rows are
-    used. The backward pass transforms the others again."""
-    tokens, rows = len(places[0]), len(places[2])
-    return min(tokens, tokens - rows + rows // 8)
+    return norm_forward((x, mixed, bias), attended.contiguous(), source, _norms(norms, eps))
 
 
 @torch.library.custom_op("chiar_megatron::routed_update_backward", mutates_args=())
@@ -90,17 +82,16 @@ def _backward_op(
     norms: Sequence[Optional[Tensor]],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, attended and filter, and the sums of `norm_backward`; tensors: x, u, filter, and what
-    `mix` kept."""
-    x, u, filters, spectrum = tensors
+    """Gradients to x, attended and filter, and the sums of `norm_backward`; tensors: x, u, filter."""
+    x, u, filters = tensors
     dx, rows, sums = norm_backward(contiguous_grads(grads), u, Source(*places[:3]), _norms(norms, eps))
-    return dx, rows, mix_backward(dx, x, filters, (places[3], places[4]), spectrum, dx), sums
+    return dx, rows, mix_backward(dx, x, filters, (places[3], places[4]), dx), sums
 
 
 @_forward_op.register_fake
-def _(tensors: Sequence[Tensor], places: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(tensors: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     x = tensors[0]
-    return x.new_empty(x.shape), x.new_empty(x.shape), spectrum_like(x, _kept(places))
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @_backward_op.register_fake
@@ -117,15 +108,15 @@ class _RoutedUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, users: int, eps: float, x: Tensor, attended: Tensor, *rest: Any) -> Any:
         places, (filters, bias, *norms) = rest[:5], rest[5:]
-        out, u, spectrum = _forward_op([x, attended, filters], places, bias, norms, eps)
-        ctx.save_for_backward(x, u, spectrum, *rest)
+        out, u = _forward_op([x, attended, filters], places, bias, norms, eps)
+        ctx.save_for_backward(x, u, *rest)
         ctx.eps = eps
         return for_users(out, users)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
-        x, u, spectrum, *rest = ctx.saved_tensors
+        x, u, *rest = ctx.saved_tensors
         places, (filters, bias, *norms) = rest[:5], rest[5:]
-        dx, rows, by_filter, sums = _backward_op(grads, [x, u, filters, spectrum], places, norms, ctx.eps)
+        dx, rows, by_filter, sums = _backward_op(grads, [x, u, filters], places, norms, ctx.eps)
         by_norms = [like(line, parameter) for line, parameter in zip(sums, norms, strict=False)]
         return None, None, dx, rows, *[None] * 5, like(by_filter, filters), like(sums[4], bias), *by_norms

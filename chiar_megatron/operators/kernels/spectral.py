@@ -1,5 +1,4 @@
-"""Spectral entropy and spectral mixing fused, by a factored DCT: only what the backward pass needs of the
-spectrum goes to memory.
+"""Spectral entropy and spectral mixing fused, by a factored DCT: the spectrum never goes to memory.
 
 Opaque to torch.compile as `torch.ops.chiar.*`. `spectral_tables` has the mathematics, `spectral_kernels`
 the kernels.
@@ -15,12 +14,7 @@ import torch
 from torch import Tensor
 
 from chiar_megatron.operators.kernels.spectral_kernels import backward_kernel, forward_kernel
-from chiar_megatron.operators.kernels.spectral_tables import (
-    dims_of,
-    factorisation,
-    spectrum_width,
-    tables_of,
-)
+from chiar_megatron.operators.kernels.spectral_tables import dims_of, factorisation, tables_of
 
 __all__ = ["Subset", "Tuning", "entropy_and_mixing", "factorisation", "spectral_entropy", "spectral_mixing"]
 
@@ -87,13 +81,8 @@ def spectral_mixing(
     as in `spectral_entropy`.
     """
     rows, used, chosen = (None, None, None) if subset is None else subset
-    y, _ = _mixing_op(x_NH, w_H, rows, used, chosen, _kept(x_NH, subset), precision, tuning)
+    y: Tensor = _mixing_op(x_NH, w_H, rows, used, chosen, precision, tuning)
     return _only(chosen, y)
-
-
-def _kept(x_NH: Tensor, subset: Optional[Subset] = None) -> int:
-    """Rows whose spectrum the backward pass finds: all, or of a subset, whose size is not known, none."""
-    return len(x_NH) if subset is None and torch.is_grad_enabled() else 0
 
 
 def _only(chosen_N: Optional[Tensor], y_NH: Tensor) -> Tensor:
@@ -110,7 +99,7 @@ def entropy_and_mixing(
     tuning: Optional[Tuning] = None,
 ) -> tuple[Tensor, Tensor]:
     """(`spectral_entropy`, `spectral_mixing`) of all rows in one pass; H_N carries no gradient."""
-    entropy, y, _ = _both_op(x_NH, w_H, dc_power_weight, _kept(x_NH), precision, tuning)
+    entropy, y = _both_op(x_NH, w_H, dc_power_weight, precision, tuning)
     return entropy.detach(), y
 
 
@@ -120,7 +109,7 @@ def _entropy_op(x: Tensor, dc_power_weight: float, precision: str, tuning: Optio
     entropy = torch.empty(len(x), dtype=torch.float32, device=x.device)
     launch = _Launch("entropy", x, precision, tuning)
     # Triton takes no None inside a tuple of tensors: what a kernel does not use is x.
-    launch.forward((x, x, x, x, entropy, x, x), dc_power_weight, (True, False, False))
+    launch.forward((x, x, x, x, entropy, x), dc_power_weight, (True, False, False))
     return entropy
 
 
@@ -131,29 +120,22 @@ def _mixing_op(
     rows: Optional[Tensor],
     count: Optional[Tensor],
     chosen: Optional[Tensor],
-    kept: int,
     precision: str,
     tuning: Optional[Sequence[int]],
-) -> tuple[Tensor, Tensor]:
-    return mix(x, w, (rows, count), kept, precision, tuning)
+) -> Tensor:
+    return mix(x, w, rows, count, precision, tuning)
 
 
 @torch.library.custom_op("chiar::entropy_and_mixing", mutates_args=())
 def _both_op(
-    x: Tensor,
-    w: Tensor,
-    dc_power_weight: float,
-    kept: int,
-    precision: str,
-    tuning: Optional[Sequence[int]],
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, w: Tensor, dc_power_weight: float, precision: str, tuning: Optional[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
     x = _row_major(x)
     entropy = torch.empty(len(x), dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch = _Launch("entropy_and_mixing", x, precision, tuning)
-    spectrum = spectrum_like(x, kept, precision)
-    launch.forward((x, w.contiguous(), x, x, entropy, y, spectrum), dc_power_weight, (True, True, False))
-    return entropy, y, spectrum
+    launch.forward((x, w.contiguous(), x, x, entropy, y), dc_power_weight, (True, True, False))
+    return entropy, y
 
 
 @torch.library.custom_op("chiar::spectral_mixing_backward", mutates_args=())
@@ -163,37 +145,31 @@ def mixing_backward_op(
     w: Tensor,
     rows: Optional[Tensor],
     count: Optional[Tensor],
-    spectrum: Tensor,
     precision: str,
     tuning: Optional[Sequence[int]],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `spectral_mixing` to x [N, H] and w [H], each in its dtype, from grad [N, H]; rows of
     the first that are not in the subset mean nothing."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    subset = (rows, count)
-    return dx, mix_backward(_row_major(grad), x, w, subset, spectrum, dx, precision, tuning).to(w.dtype)
+    return dx, mix_backward(_row_major(grad), x, w, (rows, count), dx, precision, tuning).to(w.dtype)
 
 
 def mix(
     x: Tensor,
     w: Tensor,
-    subset: tuple[Optional[Tensor], Optional[Tensor]],
-    kept: int,
+    rows: Optional[Tensor],
+    count: Optional[Tensor],
     precision: str = "bf16",
     tuning: Optional[Sequence[int]] = None,
-) -> tuple[Tensor, Tensor]:
-    """`spectral_mixing` without a gradient; rows that are not in the subset are left uninitialised.
-
-    subset: rows and their count, or None twice. kept: of so many rows at the most the spectrum is returned
-    too, for `mix_backward`, in the products' dtype and an order of its own.
-    """
-    x, rows = _row_major(x), subset[0]
+) -> Tensor:
+    """`spectral_mixing` without a gradient; rows that are not in the subset are left uninitialised."""
+    x = _row_major(x)
+    subset = rows is not None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch = _Launch("mixing" if rows is None else "mixing_subset", x, precision, tuning, rows)
-    used = (x, x) if rows is None else subset
-    spectrum = spectrum_like(x, kept, precision)
-    launch.forward((x, w.contiguous(), *used, x, y, spectrum), 1.0, (False, True, rows is not None))
-    return y, spectrum
+    launch = _Launch("mixing_subset" if subset else "mixing", x, precision, tuning, rows)
+    used = (rows, count) if subset else (x, x)
+    launch.forward((x, w.contiguous(), *used, x, y), 1.0, (False, True, subset))
+    return y
 
 
 def mix_backward(
@@ -201,33 +177,26 @@ def mix_backward(
     x: Tensor,
     w: Tensor,
     subset: tuple[Optional[Tensor], Optional[Tensor]],
-    spectrum: Tensor,
     dx: Tensor,
     precision: str = "bf16",
     tuning: Optional[Sequence[int]] = None,
 ) -> Tensor:
     """Writes the gradient to x into dx [N, H], contiguous; returns that to w, float32.
 
-    subset: rows and their count, or None twice; other rows of dx stay as they are. spectrum: as `mix` left
-    it. dx may be grad itself: then the gradient is added to it.
+    subset: rows and their count, or None twice; other rows of dx stay as they are. dx may be grad itself:
+    then the gradient is added to it.
     """
     x, rows = _row_major(x), subset[0]
     launch = _Launch("backward" if rows is None else "backward_subset", x, precision, tuning, rows)
     partial = torch.empty(launch.programs, x.shape[1], dtype=torch.float32, device=x.device)
     if launch.programs:
         backward_kernel[(launch.programs,)](
-            (grad, x, w.contiguous(), *((x, x) if rows is None else subset), spectrum, dx, partial),
-            *(launch.tables, (len(x), grad.stride(0), x.stride(0), len(spectrum)), launch.dims),
-            flags=(rows is not None, dx is grad, len(spectrum) > 0),
+            (grad, x, w.contiguous(), *((x, x) if rows is None else subset), dx, partial),
+            *(launch.tables, (len(x), grad.stride(0), x.stride(0)), launch.dims),
+            flags=(rows is not None, dx is grad),
             **launch.options,
         )
     return partial.sum(0)
-
-
-def spectrum_like(x: Tensor, kept: int, precision: str = "bf16") -> Tensor:
-    """An empty tensor as `mix` returns it beside its result, for rows like x [N, H]."""
-    shape = (min(kept, len(x)), spectrum_width(x.shape[1]))
-    return torch.empty(shape, dtype=OPERAND_DTYPES[precision], device=x.device)
 
 
 class _Launch:
@@ -261,10 +230,9 @@ class _Launch:
     def forward(self, tensors: tuple[Any, ...], dc_power_weight: float, flags: tuple[bool, ...]) -> None:
         """Run the forward kernel, if there is any row; flags: entropy, mixing, subset."""
         if self.programs:
-            kept = len(tensors[-1]) if flags[1] else 0
-            numbers = (len(self.x), self.x.stride(0), dc_power_weight, kept)
+            numbers = (len(self.x), self.x.stride(0), dc_power_weight)
             forward_kernel[(self.programs,)](
-                tensors, self.tables, numbers, self.dims, flags=(*flags, kept > 0), **self.options
+                tensors, self.tables, numbers, self.dims, flags=flags, **self.options
             )
 
 
@@ -289,50 +257,41 @@ def _(x: Tensor, dc_power_weight: float, precision: str, tuning: Any) -> Tensor:
 
 
 @_mixing_op.register_fake
-def _(
-    x: Tensor, w: Tensor, rows: Any, count: Any, chosen: Any, kept: int, precision: str, tuning: Any
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), spectrum_like(x, kept, precision)
+def _(x: Tensor, w: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @_both_op.register_fake
-def _(
-    x: Tensor, w: Tensor, dc_power_weight: float, kept: int, precision: str, tuning: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    spectrum = spectrum_like(x, kept, precision)
-    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape), spectrum
+def _(x: Tensor, w: Tensor, dc_power_weight: float, precision: str, tuning: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape)
 
 
 @mixing_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, w: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, w: Tensor, rows: Any, count: Any, precision: str, tuning: Any
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), w.new_empty(w.shape)
 
 
-def _save_mixing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w, rows, count, chosen, _, ctx.precision, _ = inputs
-    ctx.save_for_backward(_needed(x, output[-1]), w, rows, count, output[-1], chosen)
+def _save_mixing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, rows, count, chosen, ctx.precision, _ = inputs
+    ctx.save_for_backward(x, w, rows, count, chosen)
 
 
-def _save_both(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, w, _, _, ctx.precision, _ = inputs
-    ctx.save_for_backward(_needed(x, output[-1]), w, None, None, output[-1], None)
-
-
-def _needed(x: Tensor, spectrum: Tensor) -> Optional[Tensor]:
-    """x, unless the whole spectrum is kept in its stead."""
-    return x if len(spectrum) < len(x) else None
+def _save_both(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w, _, ctx.precision, _ = inputs
+    ctx.save_for_backward(x, w, None, None, None)
 
 
 def _grads(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x, *saved, chosen = ctx.saved_tensors
-    # Without x no row is transformed again, and the kernel reads its shape alone.
-    dx, dw = mixing_backward_op(grad, grad if x is None else x, *saved, ctx.precision, None)
+    *saved, chosen = ctx.saved_tensors
+    dx, dw = mixing_backward_op(grad, *saved, ctx.precision, None)
     return _only(chosen, dx), dw
 
 
 _mixing_op.register_autograd(
-    lambda ctx, grad, _: (*_grads(ctx, grad), *[None] * 6), setup_context=_save_mixing
+    lambda ctx, grad: (*_grads(ctx, grad), None, None, None, None, None), setup_context=_save_mixing
 )
 _both_op.register_autograd(
-    lambda ctx, _, grad, __: (*_grads(ctx, grad), *[None] * 4), setup_context=_save_both
+    lambda ctx, _, grad: (*_grads(ctx, grad), None, None, None), setup_context=_save_both
 )

@@ -168,26 +168,14 @@ def _filter(w, tables, half, d: tl.constexpr):
 
 
 @triton.jit
-def _spectrum_places(base, block, kept, d: tl.constexpr, B: tl.constexpr):
-    """Pointers [B, k1, j] to p and to q of a block, which lie side by side, and the mask of kept rows."""
-    FLAT: tl.constexpr = d[2] * d[4]
-    at = block * B + tl.arange(0, B)[:, None, None]
-    place = tl.arange(0, d[2])[None, :, None] * d[4] + tl.arange(0, d[4])[None, None, :]
-    pointers = base + at.to(tl.int64) * (2 * FLAT) + place
-    return pointers, pointers + FLAT, (at < kept) & (place >= 0)
-
-
-@triton.jit
 def forward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
                    PRECISION: tl.constexpr, flags: tl.constexpr):  # fmt: skip
-    """flags: which of entropy and mixing to compute, whether only of rows[:count], and whether to keep the
-    spectrum of the first `kept` of them."""
-    x_ptr, w_ptr, rows, count, entropy_ptr, y_ptr, spectrum_ptr = tensors
-    n, x_stride, dc_power_weight, kept = numbers
+    """flags: which of entropy and mixing to compute, and whether only of rows[:count]."""
+    x_ptr, w_ptr, rows, count, entropy_ptr, y_ptr = tensors
+    n, x_stride, dc_power_weight = numbers
     ENTROPY: tl.constexpr = flags[0]
     MIXING: tl.constexpr = flags[1]
     SUBSET: tl.constexpr = flags[2]
-    KEEPS: tl.constexpr = flags[3]
     if SUBSET:
         n = tl.load(count)
     constants = _constants(tables, d, B)
@@ -201,24 +189,9 @@ def forward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, S
             at = block * B + tl.arange(0, B)
             tl.store(entropy_ptr + at, _entropy(p, q, dc_power_weight, d, PRECISION), mask=at < n)
         if MIXING:
-            if KEEPS:
-                p_ptr, q_ptr, here = _spectrum_places(spectrum_ptr, block, kept, d, B)
-                tl.store(p_ptr, p.to(p_ptr.dtype.element_ty), mask=here)
-                tl.store(q_ptr, q.to(q_ptr.dtype.element_ty), mask=here)
             y = _transposed_dct(p * filter_p, q * filter_q, constants, d, PRECISION)
             width: tl.constexpr = d[0] * d[1]
             tl.store(y_ptr + row * width + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gradients(g, p, q, filters, constants, d: tl.constexpr, PRECISION: tl.constexpr, ADDS: tl.constexpr):
-    """What a block of rows adds to dw, at p and at q, and its dx [B, n1, n2], float32."""
-    filter_p, filter_q = filters
-    grad_p, grad_q = _dct(g, constants, d, PRECISION)
-    dx = _transposed_dct(grad_p * filter_p, grad_q * filter_q, constants, d, PRECISION)
-    if ADDS:
-        dx += g.to(tl.float32)
-    return p * grad_p, q * grad_q, dx
 
 
 @triton.jit
@@ -226,44 +199,32 @@ def backward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, 
                     PRECISION: tl.constexpr, flags: tl.constexpr):  # fmt: skip
     """dx of a block of rows, and the sum of dw over all blocks of this program: dw [programs, N].
 
-    flags: whether only of rows[:count], whether dx is g and added to, and whether forward has kept the
-    spectrum of the first `kept` of them; x is transformed again for the others.
+    flags: whether only of rows[:count], and whether dx is g and added to.
     """
-    g_ptr, x_ptr, w_ptr, rows, count, spectrum_ptr, dx_ptr, dw_ptr = tensors
-    n, g_stride, x_stride, kept = numbers
+    g_ptr, x_ptr, w_ptr, rows, count, dx_ptr, dw_ptr = tensors
+    n, g_stride, x_stride = numbers
     SUBSET: tl.constexpr = flags[0]
     ADDS: tl.constexpr = flags[1]
-    KEPT: tl.constexpr = flags[2]
     if SUBSET:
         n = tl.load(count)
     constants = _constants(tables, d, B)
-    filters = (_filter(w_ptr, tables, 0, d), _filter(w_ptr, tables, 1, d))
+    filter_p = _filter(w_ptr, tables, 0, d)
+    filter_q = _filter(w_ptr, tables, 1, d)
     T1: tl.constexpr = d[2]  # Triton 3.6 takes no element of a constant tuple as a size
     TJ: tl.constexpr = d[4]
     dw_p = tl.zeros((B, T1, TJ), tl.float32)
     dw_q = tl.zeros((B, T1, TJ), tl.float32)
     width: tl.constexpr = d[0] * d[1]
-    start = tl.program_id(0)
-    if KEPT:
-        # Whole blocks; what a last one kept of its rows is not read.
-        end = tl.minimum(tl.cdiv(n, B), kept // B)
-        for block in tl.range(start, end, tl.num_programs(0), num_stages=STAGES):
-            p_ptr, q_ptr, here = _spectrum_places(spectrum_ptr, block, tl.minimum(n, kept), d, B)
-            p = tl.load(p_ptr, mask=here, other=0.0).to(tl.float32)
-            q = tl.load(q_ptr, mask=here, other=0.0).to(tl.float32)
-            g, row, offsets, mask = _load_rows(g_ptr, g_stride, block, n, rows, d, B, SUBSET)
-            by_p, by_q, dx = _gradients(g, p, q, filters, constants, d, PRECISION, ADDS)
-            dw_p += by_p
-            dw_q += by_q
-            tl.store(dx_ptr + row * width + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        start += tl.cdiv(tl.maximum(end - start, 0), tl.num_programs(0)) * tl.num_programs(0)
-    for block in tl.range(start, tl.cdiv(n, B), tl.num_programs(0), num_stages=STAGES):
+    for block in tl.range(tl.program_id(0), tl.cdiv(n, B), tl.num_programs(0), num_stages=STAGES):
         g, row, offsets, mask = _load_rows(g_ptr, g_stride, block, n, rows, d, B, SUBSET)
         x, row, offsets, mask = _load_rows(x_ptr, x_stride, block, n, rows, d, B, SUBSET)
         p, q = _dct(x, constants, d, PRECISION)
-        by_p, by_q, dx = _gradients(g, p, q, filters, constants, d, PRECISION, ADDS)
-        dw_p += by_p
-        dw_q += by_q
+        grad_p, grad_q = _dct(g, constants, d, PRECISION)
+        dw_p += p * grad_p
+        dw_q += q * grad_q
+        dx = _transposed_dct(grad_p * filter_p, grad_q * filter_q, constants, d, PRECISION)
+        if ADDS:
+            dx += g.to(tl.float32)
         tl.store(dx_ptr + row * width + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     # Programs without rows write their zeros too: the partial sums start uninitialised.
     dw_ptr += tl.program_id(0) * width

@@ -70,12 +70,6 @@ def dims_of(h: int) -> Dims:
     return Dims(n1, n2, _tile(n1), _tile(n2), _tile(n2 // 2))
 
 
-def spectrum_width(h: int) -> int:
-    """Numbers that hold the spectrum of a row of length h, as the kernels lay it out: padded tiles."""
-    d = dims_of(h)
-    return 2 * d.tile1 * d.tile_j
-
-
 def _tile(n: int) -> int:
     return max(MIN_TILE, 1 << (n - 1).bit_length())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -240,12 +240,20 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def plain_backends(device: torch.device, cudnn: bool) -> Any:
-    """Flash before others: torch's own order, which the product changes for its process; or cuDNN first."""
+@contextmanager
+def plain_backends(device: torch.device, cudnn: bool) -> Iterator[None]:
+    """Flash before others: torch's own order, which the product changes for its process; or cuDNN first.
+
+    What is compiled meanwhile comes from no cache: torch keeps code of the same graph whatever backend its
+    attention takes.
+    """
     if device.type != "cuda":
-        return nullcontext()
+        yield
+        return
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION] * cudnn + order, set_priority=True)
+    backends = sdpa_kernel([SDPBackend.CUDNN_ATTENTION] * cudnn + order, set_priority=True)
+    with backends, torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        yield
 
 
 def flops_per_token(model: ModelConfig, share: float) -> float:

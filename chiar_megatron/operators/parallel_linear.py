@@ -27,7 +27,7 @@ def parallel_linear(
     if linear.config.tensor_model_parallel_size == 1:
         return F.linear(x_BSX, linear.weight, linear.bias if biased else None)
     if linear.sequence_parallel:
-        out_SBX, bias = linear(x_BSX.transpose(0, 1))
+        out_SBX, bias = linear(x_BSX.transpose(0, 1).contiguous())
         out_BSX = out_SBX.transpose(0, 1)
     else:
         out_BSX, bias = linear(x_BSX)

@@ -62,7 +62,9 @@ def main(function_path: str, folder: str) -> None:
     import torch
 
     from chiar_megatron.runtime.env import read_process_env
+    from tests.parallel.nccl_rules import require_contiguous_tensors
 
+    require_contiguous_tensors()
     module_name, _, function_name = function_path.partition(":")
     function = getattr(importlib.import_module(module_name), function_name)
     args = torch.load(Path(folder) / "args.pt", weights_only=False)

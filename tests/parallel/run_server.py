@@ -103,7 +103,9 @@ def main() -> None:
     import chiar_megatron.training.loop  # noqa: F401
     from chiar_megatron.runtime.cpu import adapt_megatron_to_cpu
     from chiar_megatron.runtime.launch import free_port
+    from tests.parallel.nccl_rules import require_contiguous_tensors
 
+    require_contiguous_tensors()
     adapt_megatron_to_cpu()
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:

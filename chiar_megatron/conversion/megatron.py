@@ -41,7 +41,7 @@ from chiar_megatron.conversion.megatron_shards import (
     cut,
     fused,
     joined,
-    load_safely,
+    read_megatron_file,
     read_shards,
     stage_names,
     unfused,
@@ -155,7 +155,7 @@ def padded_rows(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def _read_torch_dist(folder: Path) -> Canonical:
-    common = load_safely(folder / COMMON)
+    common = read_megatron_file(folder / COMMON)
     args = common.get("args")
     if args is None:
         raise CheckpointError(f"{folder / COMMON} has no 'args', Megatron-LM's arguments")
@@ -193,7 +193,7 @@ def _read_shards(folder: Path) -> Canonical:
     shards = read_shards(folder)
     if EMBEDDING not in shards.parts:
         raise CheckpointError(f"{folder} has no {EMBEDDING}: it is no GPT of Megatron-LM's")
-    rows = sum(len(part) for part in shards.parts[EMBEDDING])
+    rows = sum(part.shape[0] for part in shards.parts[EMBEDDING])
     tied = not getattr(shards.args, "untie_embeddings_and_output_weights", False)
     config, notes = config_of(shards.args, folder, rows, tied)
     specs = tensor_specs(config.model)

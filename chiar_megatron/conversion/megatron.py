@@ -48,6 +48,7 @@ from chiar_megatron.conversion.megatron_shards import (
 )
 from chiar_megatron.conversion.native import write_files
 from chiar_megatron.conversion.native_forward import native_answer
+from chiar_megatron.conversion.torch_files import write_torch_file
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, LazyTensor, extra_states, tensor_specs
 
@@ -268,18 +269,15 @@ def _write_shards(model: Canonical, folder: str, journal: Journal, options: Conv
     specs = tensor_specs(config)
 
     def save(path: Path, rank: int, stage: int, names: Mapping[str, str]) -> None:
-        state: dict[str, Tensor] = {}
+        state: dict[str, LazyTensor] = {}
         for native, own in names.items():
             stored = model.tensors[native]
             stored = with_padding(stored, rows) if native in (EMBEDDING, HEAD) else stored
-            shard = cut(stored.load(), specs[native], rank, size)
-            journal.advance(shard.nbytes)
-            state[fused(own) if fuses else own] = shard
+            state[fused(own) if fuses else own] = cut(stored, specs[native], rank, size)
         if config.tie_embeddings and stages > 1 and stage == stages - 1:
-            table = with_padding(model.tensors[EMBEDDING], rows).load()
-            state[HEAD] = cut(table, specs[EMBEDDING], rank, size)
+            state[HEAD] = cut(with_padding(model.tensors[EMBEDDING], rows), specs[EMBEDDING], rank, size)
         content = {"args": args, "checkpoint_version": _VERSION, "iteration": model.step, "model": state}
-        torch.save(content, path)
+        write_torch_file(path, content, journal.advance)
 
     for stage in range(stages):
         names = stage_names(model, stage, stages, layers)

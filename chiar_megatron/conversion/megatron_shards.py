@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.safe_globals import SAFE_GLOBALS
@@ -67,21 +67,29 @@ def read_shards(folder: Path) -> Shards:
     args = first.get("args")
     if not isinstance(args, Namespace):
         raise CheckpointError(f"{found[0, 0]} has no 'args', Megatron-LM's arguments")
-    if first.get("checkpoint_version", 0) < 3.0:
+    version = first.get("checkpoint_version", 0)
+    if not isinstance(version, (int, float)) or version < 3.0:
         raise CheckpointError(
-            f"{found[0, 0]}: checkpoint_version is below 3.0, whose qkv is ordered otherwise"
+            f"{found[0, 0]}: checkpoint_version is {version!r}; below 3.0 qkv is ordered otherwise"
+        )
+    told = getattr(args, "tensor_model_parallel_size", tensor)
+    if told != tensor:
+        raise CheckpointError(
+            f"{folder}: its arguments tell of {told} tensor-parallel ranks, folders are there of {tensor}; "
+            "copy every rank's folder"
         )
     parts = {}
     for pipeline_rank, (names, states) in enumerate(_stages(contents, tensor, pipeline, args, folder)):
         for own, native in names.items():
             if native == HEAD and not getattr(args, "untie_embeddings_and_output_weights", False):
                 continue  # the last stage's copy of the shared table
-            try:
-                parts[native] = tuple(state[own] for state in states)
-            except KeyError:
-                raise CheckpointError(
-                    f"{folder}: {own} is not in every rank of stage {pipeline_rank}"
-                ) from None
+            shards = tuple(state.get(own) for state in states)
+            if any(not isinstance(shard, StoredTensor) for shard in shards):
+                raise CheckpointError(f"{folder}: {own} is not in every rank of stage {pipeline_rank}")
+            shapes = {shard.shape for shard in shards if shard is not None}
+            if len(shapes) > 1:
+                raise CheckpointError(f"{folder}: {own} has other shapes in other ranks: {sorted(shapes)}")
+            parts[native] = cast("tuple[LazyTensor, ...]", shards)
     return Shards(args, int(first.get("iteration", 0)), tensor, pipeline, "optimizer" in first, parts)
 
 
@@ -160,12 +168,18 @@ def joined(parts: Sequence[LazyTensor], spec: TensorSpec) -> LazyTensor:
     return LazyTensor(tuple(shape), parts[0].dtype, load)
 
 
-def cut(whole: Tensor, spec: TensorSpec, rank: int, size: int) -> Tensor:
-    """One rank's shard, a copy of its own."""
-    if spec.split is None:
-        return whole.clone()
-    pieces = [piece.chunk(size, spec.split)[rank] for piece in whole.chunk(spec.parts, spec.split)]
-    return torch.cat(pieces, spec.split)
+def cut(whole: LazyTensor, spec: TensorSpec, rank: int, size: int) -> LazyTensor:
+    """One rank's shard."""
+    dim = spec.split
+    if dim is None or size == 1:
+        return whole
+    shape = [length // size if axis == dim else length for axis, length in enumerate(whole.shape)]
+
+    def load() -> Tensor:
+        pieces = [piece.chunk(size, dim)[rank] for piece in whole.load().chunk(spec.parts, dim)]
+        return torch.cat(pieces, dim)
+
+    return LazyTensor(tuple(shape), whole.dtype, load)
 
 
 def stage_names(model: Canonical, stage: int, stages: int, layers: int) -> dict[str, str]:

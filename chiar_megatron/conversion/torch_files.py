@@ -178,6 +178,11 @@ def write_torch_file(path: Path, content: Any, advance: Callable[[int], None] = 
             raise OSError(str(error).splitlines()[0]) from error
 
 
+def in_memory(tensor: Tensor) -> LazyTensor:
+    """A tensor that is there already, for `write_torch_file`."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
 @dataclass(frozen=True)
 class _Storage:
     """Stands for a tensor's numbers in a pickle."""

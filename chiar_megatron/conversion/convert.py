@@ -21,7 +21,7 @@ from chiar_megatron.data.tokenizer import load_tokenizer
 from chiar_megatron.errors import CheckpointError, ChiarError, ConfigError
 from chiar_megatron.runtime.distributed import single_process_world
 
-FORMATS = ("native", "reference", "huggingface", "megatron")
+FORMATS = ("native", "reference", "deepspeed", "huggingface", "megatron")  # in the order of their tests
 REPORT = "conversion.json"
 __all__ = ["ConvertOptions", "convert", "inspect", "summary"]
 
@@ -156,10 +156,11 @@ def _format(name: str) -> Format:
 
         return Megatron()
     try:
+        from chiar_megatron.conversion.deepspeed import DeepSpeed
         from chiar_megatron.conversion.huggingface_format import HuggingFace
     except ImportError as error:
-        raise ConfigError(f"huggingface: {error}; install chiar-megatron[huggingface]") from None
-    return HuggingFace()
+        raise ConfigError(f"{name}: {error}; install chiar-megatron[huggingface]") from None
+    return HuggingFace() if name == "huggingface" else DeepSpeed()
 
 
 def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:

@@ -54,6 +54,9 @@ class ConvertOptions:
     tokenizer: str | None = None
     """Path of the tokenizer the model was trained with; None: the one that the source names."""
 
+    config: str | None = None
+    """Path of the `config.json` of a model whose files do not hold it (deepspeed)."""
+
     schedule: str | None = None
     """Layers of the CHIAR model that a dense one becomes."""
 

@@ -21,6 +21,7 @@ from chiar_megatron.conversion.native_forward import with_rounding_noise
 from chiar_megatron.conversion.remote_code import AUTO_MAP, write_remote_code
 from chiar_megatron.conversion.upcycle import dense_answer, is_dense, read_dense
 from chiar_megatron.errors import CheckpointError, ConfigError
+from chiar_megatron.huggingface.configuration import ChiarConfig
 from chiar_megatron.huggingface.folder import (
     CONFIG,
     INDEX,
@@ -100,7 +101,6 @@ class HuggingFace(Format):
         write_tokenizer(model.tokenizer, journal.content)
         write_remote_code(journal.content)
 
-    @torch.no_grad()
     def answer(
         self,
         path: Path,
@@ -112,25 +112,36 @@ class HuggingFace(Format):
         """By the `transformers` model's layers."""
         if is_dense(path):
             return dense_answer(path, ids_BS, noisy)
-        config, stored = read_chiar_config(path), stored_tensors(path)
-        routing = Routing(forced=dict(forced_BS or {}))
-        x = F.embedding(ids_BS, stored["model.embed_tokens.weight"].load().float())
-        x = with_rounding_noise(x) if noisy else x
-        context = token_context(config, x, ids_BS, None, None, None, routing)
-        prefix = recall(config, x, context)
-        border: dict[int, float] = {}
-        for index in range(config.num_hidden_layers):
-            layer = ChiarDecoderLayer(config, index).eval()
-            _fill(layer, stored, f"model.layers.{index}.")
-            x = layer(x, context, prefix)
-            if layer.kind == "R" and config.router["kind"] not in ("soft", "hard"):
-                border[index + 1] = float(layer.router.threshold)
-        norm = make_norm(config)
-        _fill(norm, stored, "model.norm.")
-        head = stored["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-        logits_BSV = norm(x) @ head.load().float().T
-        gate = None if routing.meta_gate is None else float(routing.meta_gate.mean())
-        return Answer(logits_BSV, routing.light_BS, routing.score_BS, border, routing.entropy_BS, gate)
+        return chiar_answer(read_chiar_config(path), stored_tensors(path), ids_BS, forced_BS, noisy)
+
+
+@torch.no_grad()
+def chiar_answer(
+    config: ChiarConfig,
+    stored: Mapping[str, LazyTensor],
+    ids_BS: Tensor,
+    forced_BS: Mapping[int, Tensor] | None,
+    noisy: bool,
+) -> Answer:
+    """Of the `transformers` model with these tensors, layer after layer; see `Format.answer`."""
+    routing = Routing(forced=dict(forced_BS or {}))
+    x = F.embedding(ids_BS, stored["model.embed_tokens.weight"].load().float())
+    x = with_rounding_noise(x) if noisy else x
+    context = token_context(config, x, ids_BS, None, None, None, routing)
+    prefix = recall(config, x, context)
+    border: dict[int, float] = {}
+    for index in range(config.num_hidden_layers):
+        layer = ChiarDecoderLayer(config, index).eval()
+        _fill(layer, stored, f"model.layers.{index}.")
+        x = layer(x, context, prefix)
+        if layer.kind == "R" and config.router["kind"] not in ("soft", "hard"):
+            border[index + 1] = float(layer.router.threshold)
+    norm = make_norm(config)
+    _fill(norm, stored, "model.norm.")
+    head = stored["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    logits_BSV = norm(x) @ head.load().float().T
+    gate = None if routing.meta_gate is None else float(routing.meta_gate.mean())
+    return Answer(logits_BSV, routing.light_BS, routing.score_BS, border, routing.entropy_BS, gate)
 
 
 def _fill(module: torch.nn.Module, stored: Mapping[str, LazyTensor], prefix: str) -> None:

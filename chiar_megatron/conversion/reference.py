@@ -18,13 +18,12 @@ from torch import Tensor
 from chiar_megatron.config.fields import nearest_name
 from chiar_megatron.config.problems import shown
 from chiar_megatron.conversion.formats import ReferenceOptions, RoutingMode
-from chiar_megatron.conversion.keymap import Rule, Sizes, reference_rules
+from chiar_megatron.conversion.keymap import Rule, Sizes, reference_rules, unwrapped_names
 from chiar_megatron.conversion.torch_files import (
     StoredTensor,
     read_torch_file,
     same_values,
     tensors_of,
-    without_wrappers,
 )
 from chiar_megatron.errors import CheckpointError, ConfigError
 from chiar_megatron.model.tensors import LazyTensor, mismatches, refuse
@@ -121,11 +120,15 @@ def _state_of(
     """The model's tensors, and those that are not the language model's (rotary buffers, classifiers)."""
     found = content.get("model")
     if not isinstance(found, dict):
-        names = ", ".join(map(str, list(content)[:6]))
+        keys = ", ".join(map(str, list(content)[:6]))
         raise CheckpointError(
-            f"{path} is none of the authors' checkpoints: it has no 'model' with tensors (it has {names})"
+            f"{path} is none of the authors' checkpoints: it has no 'model' with tensors (it has {keys})"
         )
-    model = without_wrappers(tensors_of(found, path, "model"), notes)
+    given = tensors_of(found, path, "model")
+    names = unwrapped_names(given, "token_emb.weight")
+    model = {names[name]: tensor for name, tensor in given.items()}
+    if model.keys() != given.keys():
+        notes.append("names are read without the prefixes of wrapping modules (module., _orig_mod.)")
     extras = {name for name in model if _is_extra(name)}
     state = {name: value for name, value in model.items() if name not in extras}
     embedding = state.get("token_emb.weight")

@@ -49,9 +49,19 @@ class StoredTensor(LazyTensor):
 def read_torch_file(path: Path, accepted: Sequence[Any] = ()) -> dict[str, Any]:
     """The dict in a `torch.save`d file, with `StoredTensor`s.
 
+    accepted: as `read_torch_value`'s. Raises CheckpointError as that does, and for what is no dict.
+    """
+    content = read_torch_value(path, accepted)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
+    return content
+
+
+def read_torch_value(path: Path, accepted: Sequence[Any] = ()) -> Any:
+    """What was given to `torch.save`, with `StoredTensor`s.
+
     accepted: classes that its pickle may name besides torch's own, or (class, "name in the file") pairs.
-    Raises CheckpointError, naming it, for what would call anything else; for a file that is missing, torn,
-    or holds something else.
+    Raises CheckpointError, naming it, for what would call anything else; for a file that is missing or torn.
     """
     if not path.is_file():
         what = "is a folder, not a file of torch.save" if path.is_dir() else "does not exist"
@@ -66,7 +76,7 @@ def read_torch_file(path: Path, accepted: Sequence[Any] = ()) -> dict[str, Any]:
                     raise CheckpointError(f"{path} was compressed, which torch.save never does")
         with _only_globals(accepted):
             content = torch.load(path, map_location="meta" if is_zip else "cpu", weights_only=True)
-        return _checked(_with_places(content, path if is_zip else None), path)
+        return _with_places(content, path if is_zip else None)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -94,12 +104,6 @@ def _only_globals(classes: Sequence[Any]) -> Iterator[None]:
     finally:
         clear_safe_globals()
         add_safe_globals(before)
-
-
-def _checked(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
-    return content
 
 
 def _with_places(value: Any, path: Path | None) -> Any:
@@ -228,14 +232,3 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
     return first.place == second.place or (
         first.shape == second.shape and torch.equal(first.load(), second.load())
     )
-
-
-def without_wrappers(state: Mapping[str, StoredTensor], notes: list[str]) -> dict[str, StoredTensor]:
-    """The state without the prefixes that torch.compile and data-parallel wrappers give all names."""
-    names = {name: name.replace("_orig_mod.", "") for name in state}
-    while names and all(name.startswith("module.") for name in names.values()):
-        names = {name: inner.removeprefix("module.") for name, inner in names.items()}
-    if len(set(names.values())) < len(names) or all(name == inner for name, inner in names.items()):
-        return dict(state)
-    notes.append("names are read without the prefixes of wrappers (module., _orig_mod.)")
-    return {names[name]: value for name, value in state.items()}

@@ -117,6 +117,7 @@ class DeepSpeed(Format):
             for moment in ("exp_avg", "exp_avg_sq"):  # one zero, seen as many
                 zeros = {"param": torch.zeros(1).expand(tensor.shape), "cat_dim": 0}
                 torch.save(zeros, journal.content / folder / f"{moment}.pt")
+            torch.save(torch.zeros(()), journal.content / folder / "step.pt")
         torch.save(_optimizer(), journal.content / tag / UNIVERSAL / "optimizer_state.pt")
         for pointer in (LATEST, LATEST_UNIVERSAL):
             (journal.content / pointer).write_text(tag)

@@ -28,7 +28,7 @@ UNIVERSAL, WEIGHTS = "zero", "fp32.pt"
 _SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt$")
 _MODEL3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
-_LAYERS = re.compile(r"layer_\d+.*_model_states\.pt$|expp_rank_.*_optim_states\.pt$")
+_LAYERS = re.compile(r"layer_\d+.*[-_]model_states\.pt$|expp_rank_.*_optim_states\.pt$")
 
 
 class DeepSpeedObject:

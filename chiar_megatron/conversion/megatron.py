@@ -140,7 +140,7 @@ def iteration_folder(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         return path
-    text = tracker.read_text().strip()
+    text = tracker.read_bytes().decode(errors="replace").strip()
     if text != "release" and not text.isdigit():
         raise CheckpointError(f"{tracker} is torn: it says {text[:40]!r}, not an iteration")
     folder = path / ("release" if text == "release" else f"iter_{int(text):07}")

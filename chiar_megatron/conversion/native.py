@@ -72,7 +72,8 @@ class Native(Format):
         info = CheckpointInfo.read(folder)
         config = config_from_dict(info.config, str(folder))
         config = replace(config, parallel=ParallelConfig())
-        assert config.model.vocab_size is not None
+        if config.model.vocab_size is None:
+            raise CheckpointError(f"{folder}: {INFO} is torn: its config is not resolved (model.vocab_size)")
         stored = stored_tensors(folder)
         names = tensor_specs(config.model)
         # The optimizer's state lies in the same files.

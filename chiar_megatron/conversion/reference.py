@@ -31,6 +31,7 @@ from chiar_megatron.model.tensors import LazyTensor, mismatches, refuse
 Kind = Literal["chiar", "baseline"]
 ROUTING_MODES = ("threshold", "soft", "hard")
 TAU_LOW, TAU_HIGH = 0.8935, 0.8973  # the paper's 33rd and 67th percentile
+WRAPPERS = ("model", "model_state_dict", "state_dict")  # theirs, and what other scripts write
 HEAD_SIZE = 64  # where a file has no rope.inv_freq
 ROTARY_BASE = 10000.0
 ENTROPY_EPSILON = 1e-8  # inside their logarithm
@@ -108,7 +109,7 @@ def read_reference(path: Path, options: ReferenceOptions) -> ReferenceCheckpoint
         tied=tied,
         tensors={name: partial(_finite, tensor, name, path) for name, tensor in state.items()},
         rules=tuple(rules),
-        step=_number(content.get("step"), int) or 0,
+        step=_step(content.get("step"), notes),
         val_ppl=_number(content.get("val_ppl"), float),
         notes=tuple(notes),
     )
@@ -118,13 +119,14 @@ def _state_of(
     content: Mapping[str, Any], path: Path, notes: list[str]
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The model's tensors, and those that are not the language model's (rotary buffers, classifiers)."""
-    found = content.get("model")
-    if not isinstance(found, dict):
+    key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    found = content if key is None else content[key]
+    if key is None and not any(str(name).endswith("token_emb.weight") for name in content):
         keys = ", ".join(map(str, list(content)[:6]))
         raise CheckpointError(
             f"{path} is none of the authors' checkpoints: it has no 'model' with tensors (it has {keys})"
         )
-    given = tensors_of(found, path, "model")
+    given = tensors_of(found, path, key or "its")
     names = unwrapped_names(given, "token_emb.weight")
     model = {names[name]: tensor for name, tensor in given.items()}
     if model.keys() != given.keys():
@@ -277,6 +279,15 @@ def _finite(tensor: StoredTensor, name: str, path: Path) -> Tensor:
     if not values.float().isfinite().all():
         raise CheckpointError(f"{path}: {name} has values that are not finite; it holds no usable weights")
     return values
+
+
+def _step(value: object, notes: list[str]) -> int:
+    if isinstance(value, StoredTensor) and math.prod(value.shape) == 1:
+        value = value.load().item()
+    step = _number(value, int)
+    if step is None and value is not None:
+        notes.append(f"step 0 assumed: the file says {shown(value)}")
+    return step or 0
 
 
 def _number(value: object, kind: type) -> Any:

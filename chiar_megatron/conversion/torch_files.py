@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 
 from chiar_megatron.config.fields import nearest_name
 from chiar_megatron.errors import CheckpointError
-from chiar_megatron.model.tensors import LazyTensor
+from chiar_megatron.model.tensors import LazyTensor, read_values
 
 _REFUSED = re.compile(r"GLOBAL (\S+)")
 _ALIGNMENT = 64  # of tensors in a file, as torch.save aligns them
@@ -131,7 +130,9 @@ def _stored(tensor: Tensor, path: Path | None) -> StoredTensor | None:
     begin = tensor.untyped_storage()._checkpoint_offset
     assert begin is not None, "torch.load on the meta device tells where a tensor lies"
     stride, first = tensor.stride(), int(tensor.storage_offset())
-    values = partial(_values, path, dtype, begin)
+
+    def values(start: int, count: int) -> Tensor:
+        return read_values(path, begin + start * dtype.itemsize, dtype, count)
 
     def read(start: int, count: int) -> Tensor:
         if tensor.is_contiguous():
@@ -145,17 +146,6 @@ def _stored(tensor: Tensor, path: Path | None) -> StoredTensor | None:
         return values(first, span).as_strided(shape, stride)
 
     return StoredTensor(shape, dtype, load, read, (path, begin, shape, stride, first))
-
-
-def _values(path: Path, dtype: torch.dtype, begin: int, first: int, count: int) -> Tensor:
-    out = torch.empty(count, dtype=dtype)
-    if count == 0:
-        return out
-    with path.open("rb") as file:
-        file.seek(begin + first * dtype.itemsize)
-        if file.readinto(out.view(torch.uint8).numpy().data) != out.nbytes:
-            raise CheckpointError(f"{path} is torn: it ends within a tensor; copy it again")
-    return out
 
 
 def write_torch_file(path: Path, content: Any, advance: Callable[[int], None] = lambda _: None) -> None:

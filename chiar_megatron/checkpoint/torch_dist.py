@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import LazyTensor
 
 METADATA = ".metadata"
+_REFUSED = re.compile(r"GLOBAL (\S+)")  # in torch's message
 _CHECKPOINT = "torch.distributed.checkpoint"
 # All that a `.metadata` may name: what describes tensors and where they lie.
 _SAFE_NAMES = {
@@ -111,7 +113,8 @@ def nothing_executed() -> Iterator[None]:
             with safe_globals(SAFE_GLOBALS):
                 content = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
-            reason = str(error).strip().splitlines()[0]
+            wanted = _REFUSED.search(str(error))
+            reason = f"reading it would call {wanted[1]}" if wanted else "it is torn"
             raise CheckpointError(f"the object {name} is refused: {reason}") from None
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], content)

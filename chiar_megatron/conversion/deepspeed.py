@@ -87,6 +87,22 @@ class DeepSpeed(Format):
             "version": found.version,
         }
 
+    def inspect(self, path: Path, options: ConvertOptions) -> dict[str, Any]:
+        """Without a config what the files alone tell."""
+        found = read_deepspeed(path)
+        if _config_place(path, found.folder, options) is not None:
+            return super().inspect(path, options)
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()}
+        return {
+            "form": found.form,
+            "zero_stage": found.stage,
+            "step": found.step,
+            "dtype": ", ".join(sorted(dtypes)),
+            "tensors": len(found.tensors),
+            **self.describe(path),
+            "notes": [*found.notes, "no config.json beside it: what model it is must be told by --config"],
+        }
+
     def losses(self, model: Canonical, options: ConvertOptions) -> list[str]:
         """The optimizer's state."""
         return [
@@ -164,9 +180,9 @@ class _Source:
         return _Source(found, config, config_folder, prefix)
 
 
-def _config_folder(path: Path, folder: Path, options: ConvertOptions) -> Path:
+def _config_place(path: Path, folder: Path, options: ConvertOptions) -> Path | None:
     """Where `config.json` lies: as told, beside `latest` (where transformers' Trainer puts it), or beside the
-    model states."""
+    model states. Raises ConfigError for one that is told and not there."""
     if options.config is not None:
         told = Path(options.config)
         place = told if told.is_dir() else told.parent
@@ -175,13 +191,18 @@ def _config_folder(path: Path, folder: Path, options: ConvertOptions) -> Path:
                 f"--config {told}: no {CONFIG} of a CHIAR model there (save_pretrained writes it)"
             )
         return place
-    for place in (path, folder, folder.parent):
-        if (place / CONFIG).is_file():
-            return place
-    raise ConfigError(
-        f"{path} has no {CONFIG}, and DeepSpeed's files do not tell the model's sizes; give the config.json "
-        "that save_pretrained writes by --config"
-    )
+    places = (path, folder, folder.parent)
+    return next((place for place in places if (place / CONFIG).is_file()), None)
+
+
+def _config_folder(path: Path, folder: Path, options: ConvertOptions) -> Path:
+    place = _config_place(path, folder, options)
+    if place is None:
+        raise ConfigError(
+            f"{path} has no {CONFIG}, and DeepSpeed's files do not tell the model's sizes; give the "
+            "config.json that save_pretrained writes by --config"
+        )
+    return place
 
 
 def _notes(source: _Source) -> list[str]:

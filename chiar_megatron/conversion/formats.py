@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from chiar_megatron.conversion.canonical import Canonical
+from chiar_megatron.conversion.canonical import Canonical, describe
 from chiar_megatron.conversion.journal import Journal
 
 RoutingMode = Literal["threshold", "soft", "hard"]
@@ -106,6 +106,10 @@ class Format(ABC):
     def describe(self, path: Path) -> dict[str, Any]:
         """What `--inspect` shows besides `read`'s: the layout, whether there is optimizer state, ..."""
         return {}
+
+    def inspect(self, path: Path, options: ConvertOptions) -> dict[str, Any]:
+        """What a checkpoint is, in plain values, no tensor read. Raises as `read` does."""
+        return {**describe(self.read(path, options)), **self.describe(path)}
 
     def losses(self, model: Canonical, options: ConvertOptions) -> list[str]:
         """What this format cannot carry but the model does without, in sentences.

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chiar_megatron.conversion.canonical import Canonical, size_of
+from chiar_megatron.conversion.deepspeed_files import tag_folder
 from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.conversion.hf_tokenizers import find_tokenizer, write_tokenizer
 from chiar_megatron.conversion.journal import Journal
@@ -46,8 +47,9 @@ class HuggingFace(Format):
     name = "huggingface"
 
     def recognises(self, path: Path) -> bool:
-        """By `config.json`."""
-        return path.is_dir() and is_folder(path)
+        """By `config.json`, which may also lie beside a DeepSpeed checkpoint."""
+        has_weights = any(path.glob("*.safetensors")) if path.is_dir() else False
+        return path.is_dir() and is_folder(path) and (has_weights or tag_folder(path) is None)
 
     def read(self, path: Path, options: ConvertOptions) -> Canonical:
         """Of a CHIAR model, or of a dense one with what makes it CHIAR."""

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chiar_megatron.conversion.canonical import Canonical, size_of
@@ -26,6 +25,7 @@ from chiar_megatron.huggingface.configuration import ChiarConfig
 from chiar_megatron.huggingface.folder import (
     CONFIG,
     INDEX,
+    KINDS,
     SINGLE,
     foreign_config,
     is_folder,
@@ -166,10 +166,24 @@ def _shards(model: Canonical, shard_bytes: int) -> list[list[Group]]:
 
 
 def _save(shard: list[Group], model: Canonical, journal: Journal, path: Path) -> None:
-    tensors: dict[str, Tensor] = {}
+    """A safetensors file, with no more than one native tensor in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for group in shard:
-        whole = model.tensors[group.native].load()
-        journal.advance(whole.nbytes)
-        parts = group.split(whole)
-        tensors |= {name: part.contiguous() for name, part in zip(group.foreign, parts, strict=True)}
-    save_file(tensors, path, metadata={"format": "pt"})
+        dtype = model.tensors[group.native].dtype
+        for name, shape in zip(group.foreign, group.shapes, strict=True):
+            begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for group in shard:
+            write_group(file, group, model.tensors[group.native])
+            journal.advance(size_of(model.tensors[group.native]))
+
+
+def write_group(file: BinaryIO, group: Group, tensor: LazyTensor) -> None:
+    """Write the parts that a native tensor is cut into. Raises OSError."""
+    for part in group.split(tensor.load()):
+        file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -51,6 +51,10 @@ _DTYPES = {
 }  # fmt: skip
 
 
+KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
+"""What safetensors calls the kinds of numbers."""
+
+
 def is_folder(path: Path) -> bool:
     """Whether this looks like a folder of `transformers`."""
     return (path / CONFIG).is_file() and not (path / "checkpoint.json").is_file()

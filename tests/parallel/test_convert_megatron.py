@@ -74,7 +74,7 @@ def test_every_layout_loads_what_was_converted_and_is_converted_back(folder, tmp
             assert_same(load_model(target, device="cpu"), native)
     # Interleaved stages in distributed checkpoints: Megatron-LM's, and a run's of our own.
     native = load_model(folder / "llama.native", device="cpu")
-    convert("megatron", "native", folder / "llama.vpp_dist", tmp_path / "dist", ConvertOptions())
+    convert("megatron", "native", folder / "llama.vpp_dist/iter_0000007", tmp_path / "dist", ConvertOptions())
     assert_same(load_model(tmp_path / "dist", device="cpu"), native)
     native = load_model(folder / "chiar.native", device="cpu")
     convert("native", "huggingface", folder / "chiar.vpp_native", tmp_path / "hf", ConvertOptions())

@@ -138,6 +138,7 @@ def test_what_the_arguments_say(folder, tmp_path):
     assert "learned_absolute" in refusal(position_embedding_type="learned_absolute")
     assert "missing" in refusal(num_layers=5) and "surplus" in refusal(num_layers=3)
     assert "json.encoder.JSONEncoder" in refusal(odd=json.JSONEncoder())
+    torch.save(content, path)
     path.parent.with_name("mp_rank_01").rename(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="2 tensor-parallel ranks"):
         convert("megatron", "native", tmp_path / "te", tmp_path / "no", ConvertOptions())

@@ -100,8 +100,13 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return manifest
 
 
-def find_damage(folder: Path, names: list[str], manifest: dict[str, dict[str, Any]]) -> str | None:
-    """First of these files that differs from the manifest, in words; None if all agree."""
+def find_damage(
+    folder: Path, names: list[str], manifest: dict[str, dict[str, Any]], sizes_only: bool = False
+) -> str | None:
+    """First of these files that differs from the manifest, in words; None if all agree.
+
+    sizes_only: do not read them.
+    """
     for name in names:
         path = folder / name
         try:
@@ -109,7 +114,7 @@ def find_damage(folder: Path, names: list[str], manifest: dict[str, dict[str, An
                 return f"{name} is missing"
             if path.stat().st_size != manifest[name]["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, {manifest[name]['bytes']} were written"
-            if file_digest(path) != manifest[name]:
+            if not sizes_only and file_digest(path) != manifest[name]:
                 return f"{name} has other content than was written"
         except OSError as error:
             return f"{name} cannot be read: {error}"

@@ -67,13 +67,14 @@ class DeepSpeed(Format):
         config = native_config(source.config, path)
         stored = source.found.tensors
         tensors = native_tensors(config.model, _widened(stored) if source.found.stage else stored, path)
+        tokenizer, missing = find_tokenizer(source.config_folder)
         return Canonical(
             config,
             tensors,
             step=source.found.step,
             tokens_seen=source.found.tokens_seen,
-            notes=(*source.found.notes, *_notes(source)),
-            tokenizer=find_tokenizer(source.config_folder),
+            notes=(*source.found.notes, *_notes(source), *missing),
+            tokenizer=tokenizer,
             facts={"form": source.found.form, "zero_stage": source.found.stage},
         )
 

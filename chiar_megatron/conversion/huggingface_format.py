@@ -60,12 +60,14 @@ class HuggingFace(Format):
             raise ConfigError(f"--schedule {options.schedule}: {path} is a CHIAR-Former already")
         config = native_config(foreign, path)
         progress: dict[str, Any] = getattr(foreign, "pretraining", None) or {}
+        tokenizer, notes = find_tokenizer(path)
         return Canonical(
             config,
             native_tensors(config.model, stored_tensors(path), path),
             step=int(progress.get("step", 0)),
             tokens_seen=int(progress.get("tokens_seen", 0)),
-            tokenizer=find_tokenizer(path),
+            notes=tuple(notes),
+            tokenizer=tokenizer,
         )
 
     def describe(self, path: Path) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
         router=router,
         meta_router=meta_router,
     )
-    eod = eos[0] if isinstance(eos, list) else eos
+    eod = next(iter(eos), None) if isinstance(eos, list) else eos
     given = RunConfig(run_dir=str(run_dir), model=model, data=DataConfig(eod_token=eod))
     # Read as a recipe is, so that values no field can have are named.
     given = config_from_dict(to_dict(given), f"{run_dir / CONFIG}")

@@ -135,6 +135,7 @@ def test_what_the_arguments_say(folder, tmp_path):
         return str(caught.value)
 
     assert "--num-experts is 8" in refusal(num_experts=8)
+    assert "--apply-layernorm-1p is True" in refusal(apply_layernorm_1p=True)
     assert "learned_absolute" in refusal(position_embedding_type="learned_absolute")
     assert "missing" in refusal(num_layers=5) and "surplus" in refusal(num_layers=3)
     assert "json.encoder.JSONEncoder" in refusal(odd=json.JSONEncoder())

@@ -168,6 +168,7 @@ def test_a_wrong_format_is_told_which_is_right(made, tmp_path, capsys):
         ("pretraining", {"step": "x"}, "pretraining.step is 'x'"),
         ("schedule", "D R*2 Q", "unexpected 'Q'"),
         ("use_bias", 1, "use_bias is 1"),
+        ("eos_token_id", 500, "data.eod_token: 500"),
         ("num_attention_heads", 5, "num_attention_heads: 5"),
     ],
 )

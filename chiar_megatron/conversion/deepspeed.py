@@ -122,7 +122,8 @@ class DeepSpeed(Format):
         if model.config.model.tie_embeddings:
             module[HEAD] = module[EMBEDDING]
         states = _states(model, module, buffers)
-        journal.file(f"{tag}/{MODEL}", partial(write_torch_file, content=states, advance=journal.advance), 0)
+        write = partial(write_torch_file, content=states, advance=journal.advance)
+        journal.file(f"{tag}/{MODEL}", write, model.bytes)
         # ZeRO-3 looks for a file of each rank's; of a universal checkpoint it reads counts from rank 0's.
         states = {**states, "module": {name: foreign[name] for name in buffers}}
         journal.file(f"{tag}/zero_pp_rank_0_{MODEL}", partial(write_torch_file, content=states), 0)

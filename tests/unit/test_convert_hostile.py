@@ -22,6 +22,7 @@ from chiar_megatron.config.load import to_dict
 from chiar_megatron.config.schema import CheckpointConfig
 from chiar_megatron.conversion.convert import convert, inspect
 from chiar_megatron.conversion.formats import ConvertOptions
+from chiar_megatron.conversion.journal import Journal
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.inference.load import load_model
 from chiar_megatron.model.build import SHARDING_METADATA
@@ -248,6 +249,15 @@ def test_the_authors_files_in_other_wrappings(tmp_path):
         assert all(torch.equal(t, plain[key]) for key, t in found.items() if t is not None), name
     torch.save({**whole, "step": "12"}, tmp_path / "a.pt")
     assert "step 0 assumed" in " ".join(inspect(tmp_path / "a.pt", ConvertOptions())["notes"])
+
+
+def test_two_conversions_do_not_share_a_destination(made, tmp_path):
+    journal = Journal(tmp_path / "hf", {})
+    with pytest.raises(CheckpointError, match="another conversion"):
+        convert("native", "huggingface", made / "native", tmp_path / "hf", ConvertOptions())
+    journal.discard()
+    convert("native", "huggingface", made / "native", tmp_path / "hf", ConvertOptions())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ def finish(process: subprocess.Popen, destination: Path) -> dict:
 
 def test_a_large_model_within_the_limit_and_over_a_kill(tmp_path):
     native, there, back = (tmp_path / name for name in ("native", "hf", "back"))
-    synthesize(native, "D R*14 A", SHARD, hidden=1024, vocab=8192)
+    synthesize(native, "D R*13 A", SHARD, hidden=1024, vocab=8192)
     process = start("native", "huggingface", native, there)
     journal = tmp_path / ".hf.converting" / "journal.json"
     limit = time.monotonic() + 200

@@ -170,7 +170,6 @@ def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
 
     Raises ConfigError for values that no model can have.
     """
-    eos = config.eos_token_id
     try:
         router = RouterConfig(**{k: v for k, v in config.router.items() if k != "has_controller"})
         meta_router = MetaRouterConfig(**config.meta_router)
@@ -203,8 +202,8 @@ def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
         router=router,
         meta_router=meta_router,
     )
-    eod = next(iter(eos), None) if isinstance(eos, list) else eos
-    given = RunConfig(run_dir=str(run_dir), model=model, data=DataConfig(eod_token=eod))
+    data = DataConfig(eod_token=config.document_end)
+    given = RunConfig(run_dir=str(run_dir), model=model, data=data)
     # Read as a recipe is, so that values no field can have are named.
     given = config_from_dict(to_dict(given), f"{run_dir / CONFIG}")
     resolved = resolve_config(given, vocab_size=None, eod_token=None)

@@ -23,7 +23,7 @@ from chiar_megatron.config.schema import CheckpointConfig
 from chiar_megatron.conversion.convert import convert, inspect
 from chiar_megatron.conversion.formats import ConvertOptions
 from chiar_megatron.conversion.journal import Journal
-from chiar_megatron.errors import CheckpointError
+from chiar_megatron.errors import CheckpointError, ChiarError
 from chiar_megatron.inference.load import load_model
 from chiar_megatron.model.build import SHARDING_METADATA
 from tests.unit.reference_files import FIXTURES, converted
@@ -180,6 +180,21 @@ def test_configs_that_describe_no_model(made, tmp_path, capsys, field, value, pa
     message = refused(capsys, "--from", "huggingface", "--to", "native", folder, tmp_path / "out")
     assert part in message and "converting" not in message and not (tmp_path / "out").exists()
     assert part in refused(capsys, "--inspect", folder)
+
+
+@pytest.mark.parametrize("eos", [[1, 5], []])
+def test_several_tokens_may_end_a_text(tmp_path, eos):
+    config = tiny_config({"kind": "learned"}, mask_documents=True, data={"eod_token": 1})
+    save_model(tiny_model(config), tmp_path / "native")
+    convert("native", "huggingface", tmp_path / "native", tmp_path / "hf", ConvertOptions())
+    content = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**content, "eos_token_id": eos}))
+    if eos:  # the first of them ends documents, and both sides agree on it
+        convert("huggingface", "native", tmp_path / "hf", tmp_path / "back", ConvertOptions())
+        assert load_model(tmp_path / "back", device="cpu").config.data.eod_token == 1
+        return
+    with pytest.raises(ChiarError, match="eod"):
+        convert("huggingface", "native", tmp_path / "hf", tmp_path / "back", ConvertOptions())
 
 
 @pytest.mark.parametrize(

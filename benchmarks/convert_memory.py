@@ -66,6 +66,7 @@ def _measure(source: str, target: str, path: Path, destination: Path, shard_byte
     process = subprocess.Popen(
         convert_command(source, target, path, destination, shard_bytes),
         stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # each thread reserves memory that it never touches
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (bound, bound)),
     )
     _, status, usage = os.wait4(process.pid, 0)

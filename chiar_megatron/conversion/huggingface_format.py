@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chiar_megatron.conversion.canonical import Canonical, size_of
-from chiar_megatron.conversion.deepspeed_files import tag_folder
+from chiar_megatron.conversion.deepspeed_files import LATEST, tag_folder
 from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.conversion.hf_tokenizers import find_tokenizer, write_tokenizer
 from chiar_megatron.conversion.journal import Journal
@@ -48,8 +48,10 @@ class HuggingFace(Format):
 
     def recognises(self, path: Path) -> bool:
         """By `config.json`, which may also lie beside a DeepSpeed checkpoint."""
-        has_weights = any(path.glob("*.safetensors")) if path.is_dir() else False
-        return path.is_dir() and is_folder(path) and (has_weights or tag_folder(path) is None)
+        if not path.is_dir() or not is_folder(path):
+            return False
+        is_deepspeeds = (path / LATEST).is_file() or tag_folder(path) is not None
+        return any(path.glob("*.safetensors")) or not is_deepspeeds
 
     def read(self, path: Path, options: ConvertOptions) -> Canonical:
         """Of a CHIAR model, or of a dense one with what makes it CHIAR."""

@@ -39,5 +39,5 @@ $(STAMP): setup.py
 	echo "Setting up $(VENV) with $$($$python --version): a few minutes, once."; \
 	[ -x $(VENV)/bin/python ] || $$python -m venv $(VENV)
 	@$(PIP) torch==2.13.0
-	@$(PIP) -e '.[dev,huggingface,scaling,wandb,tensorboard]'
+	@$(PIP) -e '.[dev,huggingface,deepspeed,scaling,wandb,tensorboard]'
 	@touch $(STAMP)

@@ -29,6 +29,7 @@ EXTRAS_REQUIRE = {
         "threadpoolctl>=3.1,<4",  # those on one thread: on a busy machine 30 times faster
         "pyarrow>=15,<27",  # tables of runs in Parquet
     ],
+    "deepspeed": ["deepspeed>=0.16,<0.20"],  # conversion needs it not: its tests write and load real files
     "wandb": ["wandb>=0.19,<1"],
     "tensorboard": ["tensorboard>=2.15,<3"],
     "dev": [

@@ -41,6 +41,7 @@ from chiar_megatron.checkpoint.files import (
 )
 from chiar_megatron.checkpoint.retention import steps_to_delete
 from chiar_megatron.checkpoint.sharded import ShardedWrite, disk_remedy
+from chiar_megatron.checkpoint.torch_dist import nothing_executed
 from chiar_megatron.config.schema import CheckpointConfig
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.runtime.device import current_device
@@ -288,17 +289,19 @@ class _Save:
 
 
 def load_state(folder: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
-    """Read what `sharded_state` describes from a checkpoint of any layout.
+    """Read what `sharded_state` describes from a checkpoint of any layout; nothing in it is executed.
 
-    Raises CheckpointError naming a tensor that is missing or of another shape.
+    Raises CheckpointError naming a tensor that is missing or of another shape, or what a file would call.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), nothing_executed():
             # megatron-core calls torch's loader by its old name.
             warnings.filterwarnings("ignore", message=".*load_state_dict. is deprecated.*")
             return dist_checkpointing.load(sharded_state, str(folder))  # type: ignore[no-any-return]
     except CheckpointException as error:  # no subclass of Exception
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, CheckpointError):
+            raise CheckpointError(f"{folder}: {cause}") from None
         raise CheckpointError(f"{folder} does not fit this model: {_first_line(cause)}") from error
     except (CheckpointingException, OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {_first_line(error)}") from error

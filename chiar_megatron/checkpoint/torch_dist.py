@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -40,34 +44,36 @@ from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import LazyTensor
 
 METADATA = ".metadata"
-_SAFE_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed._shard.sharded_tensor.metadata",
-)
+_REFUSED = re.compile(r"GLOBAL (\S+)")  # in torch's message
+_CHECKPOINT = "torch.distributed.checkpoint"
+# All that a `.metadata` may name: what describes tensors and where they lie.
 _SAFE_NAMES = {
-    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-    ("torch.distributed._shard.sharding_spec.chunk_sharding_spec", "ChunkShardingSpec"),
-    ("torch.distributed._shard.metadata", "ShardMetadata"), ("builtins", "set"),
+    f"{_CHECKPOINT}.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    f"{_CHECKPOINT}.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    f"{_CHECKPOINT}.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.distributed._shard.sharded_tensor.metadata": {
+        "TensorProperties", "MEM_FORMAT_ENCODING", "ShardedTensorMetadata",
+    },
+    "torch.distributed._shard.sharding_spec.chunk_sharding_spec": {"ChunkShardingSpec"},
+    "torch.distributed._shard.metadata": {"ShardMetadata"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device"} | {name for name, kind in vars(torch).items() if type(kind) is torch.dtype},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+    "builtins": {"set"},
 }  # fmt: skip
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Only what describes tensors."""
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        described = module in _SAFE_MODULES and isinstance(_attribute(module, name), type)
-        if is_dtype or described or (module, name) in _SAFE_NAMES:
+        if name in _SAFE_NAMES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"reading it would call {module}.{name}")
-
-
-def _attribute(module: str, name: str) -> Any:
-    import importlib
-
-    return getattr(importlib.import_module(module), name, None)
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -78,10 +84,49 @@ def read_metadata(folder: Path) -> Metadata:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a torn pickle raises nearly anything
-        raise CheckpointError(f"{path} is refused or torn: {error}") from None
-    if not isinstance(content, Metadata) or content.storage_data is None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is refused or torn: {reason}") from None
+    if not isinstance(content, Metadata) or not isinstance(content.storage_data, dict):
         raise CheckpointError(f"{path} is no metadata of a distributed checkpoint")
+    for place in content.storage_data.values():
+        if not isinstance(place, _StorageInfo) or Path(place.relative_path).name != place.relative_path:
+            raise CheckpointError(f"{path} is refused: it names files outside its folder")
     return content
+
+
+@contextmanager
+def nothing_executed() -> Iterator[None]:
+    """Within, `dist_checkpointing.load` reads a folder's `.metadata` and small objects with lists of what
+    they may name; torch would call whatever they say. Raises CheckpointError, naming it."""
+
+    def metadata_of(self: FileSystemReader, *_: Any, **__: Any) -> Metadata:
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def load_bytes(self: DefaultLoadPlanner, item: ReadItem, value: io.BytesIO) -> None:
+        name = item.dest_index.fqn
+        try:
+            content = torch.load(value, weights_only=True)  # megatron-core has registered what it needs
+        except pickle.UnpicklingError as error:
+            wanted = _REFUSED.search(str(error))
+            reason = f"reading it would call {wanted[1]}" if wanted else "it is torn"
+            raise CheckpointError(f"the object {name} is refused: {reason}") from None
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], content)
+        else:
+            assert self.state_dict is not None
+            self.state_dict[name] = content
+
+    before = (FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes)
+    setattr(FileSystemReader, "read_metadata", metadata_of)
+    setattr(DefaultLoadPlanner, "load_bytes", load_bytes)
+    try:
+        yield
+    finally:
+        setattr(FileSystemReader, "read_metadata", before[0])
+        setattr(DefaultLoadPlanner, "load_bytes", before[1])
 
 
 def stored_tensors(folder: Path, metadata: Metadata | None = None) -> dict[str, LazyTensor]:

@@ -21,7 +21,8 @@ def add_convert(verbs: Verbs) -> None:
         help="turn a checkpoint into another format, verified, on the CPU",
         description="Formats: native (a run folder or step_... folder), reference (one of the authors' .pt "
         "files), huggingface (a folder of transformers; a dense Llama, Mistral or Qwen2 with --schedule), "
-        "megatron (Megatron-LM's checkpoints). One side is native.",
+        "deepspeed (ZeRO shards and universal checkpoints of the transformers model), megatron "
+        "(Megatron-LM's checkpoints). One side is native.",
     )
     convert.add_argument(
         "--inspect", metavar="SRC", dest="inspected", help="say what SRC is; nothing is loaded"
@@ -37,6 +38,7 @@ def add_convert(verbs: Verbs) -> None:
     convert.add_argument(
         "--routing-mode", choices=("threshold", "soft", "hard"), help="reference: default what the file tells"
     )
+    convert.add_argument("--config", metavar="PATH", help="deepspeed: config.json (the one beside SRC)")
     convert.add_argument("--tokenizer", metavar="PATH", help="that the model was trained with")
     convert.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights written (SRC's)")
     convert.add_argument(
@@ -85,6 +87,7 @@ def _convert(parsed: argparse.Namespace) -> int:
             parsed.pipeline_parallel,
             parsed.transformer_impl,
         ),
+        config=parsed.config,
         tokenizer=parsed.tokenizer,
         schedule=parsed.schedule,
         dtype=parsed.dtype,

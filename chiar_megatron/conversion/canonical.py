@@ -59,6 +59,32 @@ class Canonical:
         return sum(size_of(tensor) for tensor in self.tensors.values())
 
 
+def describe(model: Canonical) -> dict[str, Any]:
+    """What a model is, in plain values."""
+    config = model.config.model
+    return {
+        "schedule": config.schedule,
+        "router": config.router.kind if "R" in config.schedule else None,
+        "sizes": {
+            "vocab": config.vocab_size,
+            "hidden": config.hidden_size,
+            "ffn": config.ffn_hidden_size,
+            "heads": config.num_attention_heads,
+            "head_size": config.kv_channels,
+            "groups": config.num_query_groups,
+        },
+        "tied": config.tie_embeddings,
+        "dtype": ", ".join(model.dtypes),
+        "step": model.step,
+        "tokens_seen": model.tokens_seen,
+        "parameters": model.parameters,
+        "bytes": model.bytes,
+        "tokenizer": None if model.tokenizer is None else str(model.tokenizer),
+        **model.facts,
+        "notes": list(model.notes),
+    }
+
+
 def size_of(tensor: LazyTensor) -> int:
     """Bytes of a tensor."""
     return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize

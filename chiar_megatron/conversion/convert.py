@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from chiar_megatron.checkpoint.files import file_digest, write_durably
 from chiar_megatron.config.load import to_dict
-from chiar_megatron.conversion.canonical import Canonical, cast
+from chiar_megatron.conversion.canonical import Canonical, cast, describe
 from chiar_megatron.conversion.formats import ConvertOptions, Format
 from chiar_megatron.conversion.journal import Journal, source_fingerprint
 from chiar_megatron.conversion.verify import Agreement, Side, verify
@@ -21,7 +21,7 @@ from chiar_megatron.data.tokenizer import load_tokenizer
 from chiar_megatron.errors import CheckpointError, ChiarError, ConfigError
 from chiar_megatron.runtime.distributed import single_process_world
 
-FORMATS = ("native", "reference", "huggingface", "megatron")
+FORMATS = ("native", "reference", "deepspeed", "huggingface", "megatron")  # in the order of their tests
 REPORT = "conversion.json"
 __all__ = ["ConvertOptions", "convert", "inspect", "summary"]
 
@@ -47,6 +47,7 @@ def convert(
         raise CheckpointError(f"{destination} exists already; remove it or give another destination")
     if not os.path.lexists(source):
         raise CheckpointError(_missing(source))
+    _refuse_another(reader, source)
     single_process_world("cpu")
     model = _with_tokenizer(cast(reader.read(source, options), options.dtype), options)
     model = replace(model, notes=(*model.notes, *writer.losses(model, options)))
@@ -92,14 +93,15 @@ def inspect(source: Path, options: ConvertOptions, source_format: str | None = N
         raise CheckpointError(_missing(source))
     if source_format is not None and source_format not in FORMATS:
         raise ConfigError(f"--from {source_format} is unknown; use one of {', '.join(FORMATS)}")
-    names = FORMATS if source_format is None else (source_format,)
-    known = [format for format in map(_format, names) if source_format or format.recognises(source)]
-    if not known:
+    names = [name for name in FORMATS if _recognised_by(name, source)]
+    if source_format is not None:
+        names = [source_format]
+    if not names:
         raise CheckpointError(f"{source} is of no known format ({', '.join(FORMATS)}); name it by --from")
-    format = known[0]
+    format = _format(names[0])
+    _refuse_another(format, source)
     single_process_world("cpu")
-    model = format.read(source, options)
-    return {"format": format.name, "path": str(source), **_describe(model), **format.describe(source)}
+    return {"format": format.name, "path": str(source), **format.inspect(source, options)}
 
 
 def summary(report: dict[str, Any], with_notes: bool = True) -> list[str]:
@@ -122,7 +124,7 @@ def inspection(description: dict[str, Any]) -> list[str]:
     skipped = ("format", "path", "schedule", "sizes", "router", "parameters", "step", "notes", "model")
     return [
         f"{description['path']}: {description['format']}",
-        *_headline(description),
+        *(_headline(description) if "sizes" in description else [f"step: {description['step']}"]),
         *(
             f"{key}: {value}"
             for key, value in description.items()
@@ -156,10 +158,11 @@ def _format(name: str) -> Format:
 
         return Megatron()
     try:
+        from chiar_megatron.conversion.deepspeed import DeepSpeed
         from chiar_megatron.conversion.huggingface_format import HuggingFace
     except ImportError as error:
-        raise ConfigError(f"huggingface: {error}; install chiar-megatron[huggingface]") from None
-    return HuggingFace()
+        raise ConfigError(f"{name}: {error}; install chiar-megatron[huggingface]") from None
+    return HuggingFace() if name == "huggingface" else DeepSpeed()
 
 
 def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:
@@ -174,6 +177,22 @@ def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:
             f"{target_format}"
         )
     return _format(source_format), _format(target_format)
+
+
+def _refuse_another(format: Format, source: Path) -> None:
+    """Raise CheckpointError for a source that is clearly of another format."""
+    if format.recognises(source):
+        return
+    others = [name for name in FORMATS if name != format.name and _recognised_by(name, source)]
+    if others:
+        raise CheckpointError(f"{source} is no {format.name} checkpoint but {others[0]}: --from {others[0]}")
+
+
+def _recognised_by(name: str, source: Path) -> bool:
+    try:
+        return _format(name).recognises(source)
+    except ConfigError:  # its library is not installed
+        return False
 
 
 def _missing(path: Path) -> str:
@@ -225,32 +244,7 @@ def _report(
         "from": source_format,
         "to": target_format,
         "source": files,
-        **_describe(model),
+        **describe(model),
         "verification": None if agreement is None else asdict(agreement),
         "model": to_dict(model.config)["model"],
-    }
-
-
-def _describe(model: Canonical) -> dict[str, Any]:
-    config = model.config.model
-    return {
-        "schedule": config.schedule,
-        "router": config.router.kind if "R" in config.schedule else None,
-        "sizes": {
-            "vocab": config.vocab_size,
-            "hidden": config.hidden_size,
-            "ffn": config.ffn_hidden_size,
-            "heads": config.num_attention_heads,
-            "head_size": config.kv_channels,
-            "groups": config.num_query_groups,
-        },
-        "tied": config.tie_embeddings,
-        "dtype": ", ".join(model.dtypes),
-        "step": model.step,
-        "tokens_seen": model.tokens_seen,
-        "parameters": model.parameters,
-        "bytes": model.bytes,
-        "tokenizer": None if model.tokenizer is None else str(model.tokenizer),
-        **model.facts,
-        "notes": list(model.notes),
     }

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from chiar_megatron.conversion.canonical import Canonical
+from chiar_megatron.conversion.canonical import Canonical, describe
 from chiar_megatron.conversion.journal import Journal
 
 RoutingMode = Literal["threshold", "soft", "hard"]
@@ -53,6 +53,9 @@ class ConvertOptions:
 
     tokenizer: str | None = None
     """Path of the tokenizer the model was trained with; None: the one that the source names."""
+
+    config: str | None = None
+    """Path of the `config.json` of a model whose files do not hold it (deepspeed)."""
 
     schedule: str | None = None
     """Layers of the CHIAR model that a dense one becomes."""
@@ -103,6 +106,10 @@ class Format(ABC):
     def describe(self, path: Path) -> dict[str, Any]:
         """What `--inspect` shows besides `read`'s: the layout, whether there is optimizer state, ..."""
         return {}
+
+    def inspect(self, path: Path, options: ConvertOptions) -> dict[str, Any]:
+        """What a checkpoint is, in plain values, no tensor read. Raises as `read` does."""
+        return {**describe(self.read(path, options)), **self.describe(path)}
 
     def losses(self, model: Canonical, options: ConvertOptions) -> list[str]:
         """What this format cannot carry but the model does without, in sentences.

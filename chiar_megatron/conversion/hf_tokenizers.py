@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers
 from chiar_megatron.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from chiar_megatron.errors import DataError
 
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     " leading and trailing ",
@@ -23,13 +24,15 @@ _SAMPLES = (
 )
 
 
-def find_tokenizer(folder: Path) -> Path | None:
-    """The folder, if it holds a tokenizer that we read."""
+def find_tokenizer(folder: Path) -> tuple[Path | None, list[str]]:
+    """The folder, if it holds a tokenizer that we read; a note if it holds another."""
     try:
         load_tokenizer(folder)
-    except DataError:
-        return None
-    return folder
+    except DataError as error:
+        there = [name for name in _FILES if (folder / name).is_file()]
+        reason = str(error).splitlines()[0]
+        return None, [f"its {there[0]} is left out (--tokenizer): {reason}"] if there else []
+    return folder, []
 
 
 def write_tokenizer(source: Path | None, folder: Path) -> None:

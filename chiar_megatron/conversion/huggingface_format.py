@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chiar_megatron.conversion.canonical import Canonical, size_of
+from chiar_megatron.conversion.deepspeed_files import LATEST, tag_folder
 from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.conversion.hf_tokenizers import find_tokenizer, write_tokenizer
 from chiar_megatron.conversion.journal import Journal
@@ -21,9 +21,11 @@ from chiar_megatron.conversion.native_forward import with_rounding_noise
 from chiar_megatron.conversion.remote_code import AUTO_MAP, write_remote_code
 from chiar_megatron.conversion.upcycle import dense_answer, is_dense, read_dense
 from chiar_megatron.errors import CheckpointError, ConfigError
+from chiar_megatron.huggingface.configuration import ChiarConfig
 from chiar_megatron.huggingface.folder import (
     CONFIG,
     INDEX,
+    KINDS,
     SINGLE,
     foreign_config,
     is_folder,
@@ -45,8 +47,11 @@ class HuggingFace(Format):
     name = "huggingface"
 
     def recognises(self, path: Path) -> bool:
-        """By `config.json`."""
-        return path.is_dir() and is_folder(path)
+        """By `config.json`, which may also lie beside a DeepSpeed checkpoint."""
+        if not path.is_dir() or not is_folder(path):
+            return False
+        is_deepspeeds = (path / LATEST).is_file() or tag_folder(path) is not None
+        return any(path.glob("*.safetensors")) or not is_deepspeeds
 
     def read(self, path: Path, options: ConvertOptions) -> Canonical:
         """Of a CHIAR model, or of a dense one with what makes it CHIAR."""
@@ -57,12 +62,14 @@ class HuggingFace(Format):
             raise ConfigError(f"--schedule {options.schedule}: {path} is a CHIAR-Former already")
         config = native_config(foreign, path)
         progress: dict[str, Any] = getattr(foreign, "pretraining", None) or {}
+        tokenizer, notes = find_tokenizer(path)
         return Canonical(
             config,
             native_tensors(config.model, stored_tensors(path), path),
             step=int(progress.get("step", 0)),
             tokens_seen=int(progress.get("tokens_seen", 0)),
-            tokenizer=find_tokenizer(path),
+            notes=tuple(notes),
+            tokenizer=tokenizer,
         )
 
     def describe(self, path: Path) -> dict[str, Any]:
@@ -100,7 +107,6 @@ class HuggingFace(Format):
         write_tokenizer(model.tokenizer, journal.content)
         write_remote_code(journal.content)
 
-    @torch.no_grad()
     def answer(
         self,
         path: Path,
@@ -112,25 +118,36 @@ class HuggingFace(Format):
         """By the `transformers` model's layers."""
         if is_dense(path):
             return dense_answer(path, ids_BS, noisy)
-        config, stored = read_chiar_config(path), stored_tensors(path)
-        routing = Routing(forced=dict(forced_BS or {}))
-        x = F.embedding(ids_BS, stored["model.embed_tokens.weight"].load().float())
-        x = with_rounding_noise(x) if noisy else x
-        context = token_context(config, x, ids_BS, None, None, None, routing)
-        prefix = recall(config, x, context)
-        border: dict[int, float] = {}
-        for index in range(config.num_hidden_layers):
-            layer = ChiarDecoderLayer(config, index).eval()
-            _fill(layer, stored, f"model.layers.{index}.")
-            x = layer(x, context, prefix)
-            if layer.kind == "R" and config.router["kind"] not in ("soft", "hard"):
-                border[index + 1] = float(layer.router.threshold)
-        norm = make_norm(config)
-        _fill(norm, stored, "model.norm.")
-        head = stored["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-        logits_BSV = norm(x) @ head.load().float().T
-        gate = None if routing.meta_gate is None else float(routing.meta_gate.mean())
-        return Answer(logits_BSV, routing.light_BS, routing.score_BS, border, routing.entropy_BS, gate)
+        return chiar_answer(read_chiar_config(path), stored_tensors(path), ids_BS, forced_BS, noisy)
+
+
+@torch.no_grad()
+def chiar_answer(
+    config: ChiarConfig,
+    stored: Mapping[str, LazyTensor],
+    ids_BS: Tensor,
+    forced_BS: Mapping[int, Tensor] | None,
+    noisy: bool,
+) -> Answer:
+    """Of the `transformers` model with these tensors, layer after layer; see `Format.answer`."""
+    routing = Routing(forced=dict(forced_BS or {}))
+    x = F.embedding(ids_BS, stored["model.embed_tokens.weight"].load().float())
+    x = with_rounding_noise(x) if noisy else x
+    context = token_context(config, x, ids_BS, None, None, None, routing)
+    prefix = recall(config, x, context)
+    border: dict[int, float] = {}
+    for index in range(config.num_hidden_layers):
+        layer = ChiarDecoderLayer(config, index).eval()
+        _fill(layer, stored, f"model.layers.{index}.")
+        x = layer(x, context, prefix)
+        if layer.kind == "R" and config.router["kind"] not in ("soft", "hard"):
+            border[index + 1] = float(layer.router.threshold)
+    norm = make_norm(config)
+    _fill(norm, stored, "model.norm.")
+    head = stored["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    logits_BSV = norm(x) @ head.load().float().T
+    gate = None if routing.meta_gate is None else float(routing.meta_gate.mean())
+    return Answer(logits_BSV, routing.light_BS, routing.score_BS, border, routing.entropy_BS, gate)
 
 
 def _fill(module: torch.nn.Module, stored: Mapping[str, LazyTensor], prefix: str) -> None:
@@ -153,10 +170,24 @@ def _shards(model: Canonical, shard_bytes: int) -> list[list[Group]]:
 
 
 def _save(shard: list[Group], model: Canonical, journal: Journal, path: Path) -> None:
-    tensors: dict[str, Tensor] = {}
+    """A safetensors file, with no more than one native tensor in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for group in shard:
-        whole = model.tensors[group.native].load()
-        journal.advance(whole.nbytes)
-        parts = group.split(whole)
-        tensors |= {name: part.contiguous() for name, part in zip(group.foreign, parts, strict=True)}
-    save_file(tensors, path, metadata={"format": "pt"})
+        dtype = model.tensors[group.native].dtype
+        for name, shape in zip(group.foreign, group.shapes, strict=True):
+            begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for group in shard:
+            write_group(file, group, model.tensors[group.native])
+            journal.advance(size_of(model.tensors[group.native]))
+
+
+def write_group(file: BinaryIO, group: Group, tensor: LazyTensor) -> None:
+    """Write the parts that a native tensor is cut into. Raises OSError."""
+    for part in group.split(tensor.load()):
+        file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)

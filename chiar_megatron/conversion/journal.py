@@ -6,35 +6,55 @@ files with their digests. It gets its final name only when everything is there a
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from chiar_megatron.checkpoint.files import file_digest, sync_folder, write_durably
 from chiar_megatron.errors import CheckpointError
 
-JOURNAL = "journal.json"
+JOURNAL, LOCK = "journal.json", "lock"
 
 
 class Journal:
     """The folder and its list of finished files."""
 
     def __init__(self, destination: Path, conversion: dict[str, Any]) -> None:
-        """conversion: what is converted and how; one begun otherwise is thrown away. Raises OSError."""
+        """conversion: what is converted and how; one begun otherwise is thrown away.
+
+        Raises OSError, and CheckpointError while another process is at the same destination.
+        """
         self.destination = destination
         self.folder = destination.absolute().parent / f".{destination.name}.converting"
         self.content = self.folder / "content"
         self.advance: Callable[[int], None] = lambda _: None
         self.resumed = 0
         self._conversion = json.loads(json.dumps(conversion))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
         self._done: dict[str, Any] = self._continue()
         if not self._done:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.content.mkdir(parents=True)
+            shutil.rmtree(self.content, ignore_errors=True)
+            self.content.mkdir()
             self._write()
+
+    def _locked(self) -> IO[str]:
+        """The kernel lets go of it when this process ends, however it ends."""
+        file = (self.folder / LOCK).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise CheckpointError(
+                f"{self.destination} is being written by another conversion; wait, or give another name"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        return file
 
     def _continue(self) -> dict[str, Any]:
         try:
@@ -67,6 +87,12 @@ class Journal:
     def commit(self, report: Callable[[Path], None]) -> None:
         """Give the destination its name. report: adds the last file. Raises OSError."""
         report(self.content)
+        for path in self.content.rglob("*"):
+            if path.is_dir():
+                sync_folder(path)
+            elif str(path.relative_to(self.content)) not in self._done:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         if self.is_single_file:
             next(path for path in self.content.iterdir() if path.name == self.destination.name).rename(
                 self.destination
@@ -84,6 +110,7 @@ class Journal:
     def discard(self) -> None:
         """Throw away what was made."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     def _write(self) -> None:
         write_durably(self.folder / JOURNAL, json.dumps({"conversion": self._conversion, "done": self._done}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -77,6 +77,20 @@ def _layer(kind: str, index: int, letter: str, sizes: Sizes) -> list[Rule]:
     rules += _linear(f"{ffn}.0", f"{native}.mlp.linear_fc1", sizes.ffn, hidden)
     rules += _linear(f"{ffn}.3", f"{native}.mlp.linear_fc2", hidden, sizes.ffn)
     return rules + _norm(ffn_norm, f"{native}.pre_mlp_layernorm", hidden)
+
+
+def unwrapped_names(names: Iterable[str], anchor: str) -> dict[str, str]:
+    """Names without what torch.compile and wrapping modules (DataParallel, Lightning) put before them.
+
+    anchor: the name of a tensor that every model has; what stands before it in one of the names, all begin
+    with. Names that no wrapper explains stay as they are.
+    """
+    found = {name: name.replace("_orig_mod.", "") for name in names}
+    prefixes = {inner.removesuffix(anchor) for inner in found.values() if inner.endswith(anchor)}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    if prefix and all(inner.startswith(prefix) for inner in found.values()):
+        found = {name: inner.removeprefix(prefix) for name, inner in found.items()}
+    return found if len(set(found.values())) == len(found) else {name: name for name in found}
 
 
 def group_heads(stacked: Tensor, heads: int) -> Tensor:

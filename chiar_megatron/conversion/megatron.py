@@ -41,13 +41,14 @@ from chiar_megatron.conversion.megatron_shards import (
     cut,
     fused,
     joined,
-    load_safely,
+    read_megatron_file,
     read_shards,
     stage_names,
     unfused,
 )
 from chiar_megatron.conversion.native import write_files
 from chiar_megatron.conversion.native_forward import native_answer
+from chiar_megatron.conversion.torch_files import write_torch_file
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, LazyTensor, extra_states, tensor_specs
 
@@ -139,7 +140,7 @@ def iteration_folder(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         return path
-    text = tracker.read_text().strip()
+    text = tracker.read_bytes().decode(errors="replace").strip()
     if text != "release" and not text.isdigit():
         raise CheckpointError(f"{tracker} is torn: it says {text[:40]!r}, not an iteration")
     folder = path / ("release" if text == "release" else f"iter_{int(text):07}")
@@ -155,7 +156,7 @@ def padded_rows(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def _read_torch_dist(folder: Path) -> Canonical:
-    common = load_safely(folder / COMMON)
+    common = read_megatron_file(folder / COMMON)
     args = common.get("args")
     if args is None:
         raise CheckpointError(f"{folder / COMMON} has no 'args', Megatron-LM's arguments")
@@ -193,7 +194,7 @@ def _read_shards(folder: Path) -> Canonical:
     shards = read_shards(folder)
     if EMBEDDING not in shards.parts:
         raise CheckpointError(f"{folder} has no {EMBEDDING}: it is no GPT of Megatron-LM's")
-    rows = sum(len(part) for part in shards.parts[EMBEDDING])
+    rows = sum(part.shape[0] for part in shards.parts[EMBEDDING])
     tied = not getattr(shards.args, "untie_embeddings_and_output_weights", False)
     config, notes = config_of(shards.args, folder, rows, tied)
     specs = tensor_specs(config.model)
@@ -268,18 +269,15 @@ def _write_shards(model: Canonical, folder: str, journal: Journal, options: Conv
     specs = tensor_specs(config)
 
     def save(path: Path, rank: int, stage: int, names: Mapping[str, str]) -> None:
-        state: dict[str, Tensor] = {}
+        state: dict[str, LazyTensor] = {}
         for native, own in names.items():
             stored = model.tensors[native]
             stored = with_padding(stored, rows) if native in (EMBEDDING, HEAD) else stored
-            shard = cut(stored.load(), specs[native], rank, size)
-            journal.advance(shard.nbytes)
-            state[fused(own) if fuses else own] = shard
+            state[fused(own) if fuses else own] = cut(stored, specs[native], rank, size)
         if config.tie_embeddings and stages > 1 and stage == stages - 1:
-            table = with_padding(model.tensors[EMBEDDING], rows).load()
-            state[HEAD] = cut(table, specs[EMBEDDING], rank, size)
+            state[HEAD] = cut(with_padding(model.tensors[EMBEDDING], rows), specs[EMBEDDING], rank, size)
         content = {"args": args, "checkpoint_version": _VERSION, "iteration": model.step, "model": state}
-        torch.save(content, path)
+        write_torch_file(path, content, journal.advance)
 
     for stage in range(stages):
         names = stage_names(model, stage, stages, layers)

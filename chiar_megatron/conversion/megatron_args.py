@@ -39,6 +39,9 @@ _WANTED: dict[str, tuple[Any, Any]] = {
     "mtp_num_layers": (None, None),
     "softmax_type": ("vanilla", "vanilla"),
     "expert_model_parallel_size": (1, 1),
+    "apply_layernorm_1p": (False, False),
+    "no_rope_freq": (None, None),
+    "heterogeneous_layers_config_path": (None, None),
 }
 
 

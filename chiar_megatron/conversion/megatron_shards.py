@@ -5,27 +5,25 @@ XX is the tensor-parallel rank, YYY the pipeline-parallel one. Layers are number
 
 from __future__ import annotations
 
-import pickle
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.safe_globals import SAFE_GLOBALS
 from torch import Tensor
 
 from chiar_megatron.conversion.canonical import Canonical
-from chiar_megatron.conversion.safe_load import only_globals
+from chiar_megatron.conversion.torch_files import StoredTensor, read_torch_file
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, LazyTensor, TensorSpec
 
 FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)$")
-_REFUSED = re.compile(r"GLOBAL (\S+)")
 # TransformerEngine's layers hold the norm before a linear layer as part of it.
 _FUSED = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
@@ -33,25 +31,10 @@ _FUSED = (
 )
 
 
-def load_safely(path: Path) -> dict[str, Any]:
+def read_megatron_file(path: Path) -> dict[str, Any]:
     """A pickle of tensors, plain values, Megatron-LM's Namespace and megatron-core's enums; anything else is
-    refused by name. Tensors stay on the disk until they are used."""
-    try:
-        with only_globals([Namespace, *SAFE_GLOBALS]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        wanted = _REFUSED.search(str(error))
-        if wanted is None:
-            raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: copy it again") from None
-        raise CheckpointError(
-            f"{path} is refused: reading it would call {wanted[1]}; save it again without that object"
-        ) from None
-    except Exception as error:  # torch.load raises nearly anything for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: {reason}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
-    return content
+    refused by name."""
+    return read_torch_file(path, [Namespace, *SAFE_GLOBALS])
 
 
 @dataclass(frozen=True)
@@ -63,8 +46,8 @@ class Shards:
     tensor_parallel: int
     pipeline_parallel: int
     has_optimizer: bool
-    parts: Mapping[str, tuple[Tensor, ...]]
-    """Each tensor's shards by tensor-parallel rank, on the disk until used."""
+    parts: Mapping[str, tuple[LazyTensor, ...]]
+    """Each tensor's shards by tensor-parallel rank."""
 
 
 def read_shards(folder: Path) -> Shards:
@@ -79,26 +62,34 @@ def read_shards(folder: Path) -> Shards:
     lost = [f"mp_rank_{t:02}_{p:03}" for t in range(tensor) for p in range(pipeline) if (t, p) not in found]
     if lost:
         raise CheckpointError(f"{folder}: {', '.join(lost[:6])} is missing; copy every rank's folder")
-    contents = {rank: load_safely(path) for rank, path in found.items()}
+    contents = {rank: read_megatron_file(path) for rank, path in found.items()}
     first = contents[0, 0]
     args = first.get("args")
     if not isinstance(args, Namespace):
         raise CheckpointError(f"{found[0, 0]} has no 'args', Megatron-LM's arguments")
-    if first.get("checkpoint_version", 0) < 3.0:
+    version = first.get("checkpoint_version", 0)
+    if not isinstance(version, (int, float)) or version < 3.0:
         raise CheckpointError(
-            f"{found[0, 0]}: checkpoint_version is below 3.0, whose qkv is ordered otherwise"
+            f"{found[0, 0]}: checkpoint_version is {version!r}; below 3.0 qkv is ordered otherwise"
+        )
+    told = getattr(args, "tensor_model_parallel_size", tensor)
+    if told != tensor:
+        raise CheckpointError(
+            f"{folder}: its arguments tell of {told} tensor-parallel ranks, folders are there of {tensor}; "
+            "copy every rank's folder"
         )
     parts = {}
     for pipeline_rank, (names, states) in enumerate(_stages(contents, tensor, pipeline, args, folder)):
         for own, native in names.items():
             if native == HEAD and not getattr(args, "untie_embeddings_and_output_weights", False):
                 continue  # the last stage's copy of the shared table
-            try:
-                parts[native] = tuple(state[own] for state in states)
-            except KeyError:
-                raise CheckpointError(
-                    f"{folder}: {own} is not in every rank of stage {pipeline_rank}"
-                ) from None
+            shards = tuple(state.get(own) for state in states)
+            if any(not isinstance(shard, StoredTensor) for shard in shards):
+                raise CheckpointError(f"{folder}: {own} is not in every rank of stage {pipeline_rank}")
+            shapes = {shard.shape for shard in shards if shard is not None}
+            if len(shapes) > 1:
+                raise CheckpointError(f"{folder}: {own} has other shapes in other ranks: {sorted(shapes)}")
+            parts[native] = cast("tuple[LazyTensor, ...]", shards)
     return Shards(args, int(first.get("iteration", 0)), tensor, pipeline, "optimizer" in first, parts)
 
 
@@ -108,7 +99,7 @@ def _stages(
     pipeline: int,
     args: Namespace,
     folder: Path,
-) -> list[tuple[dict[str, str], list[dict[str, Tensor]]]]:
+) -> list[tuple[dict[str, str], list[dict[str, LazyTensor]]]]:
     """In the order of the layers: every stage's names to native ones, and its states by rank."""
     virtual = getattr(args, "virtual_pipeline_model_parallel_size", None)
     keys = ["model"] if virtual is None else [f"model{chunk}" for chunk in range(virtual)]
@@ -133,7 +124,7 @@ def _native_names(state: Mapping[str, Any], offset: int, folder: Path) -> tuple[
             f"{folder} is of Megatron-LM's legacy model; convert it to a mcore one there first"
         )
     for own, value in state.items():
-        if not isinstance(value, Tensor) or "_extra_state" in own or own.startswith("rotary_pos_emb."):
+        if not isinstance(value, StoredTensor) or "_extra_state" in own or own.startswith("rotary_pos_emb."):
             continue
         native = own
         match = _LAYER.match(own)
@@ -160,29 +151,35 @@ def fused(name: str) -> str:
     return name
 
 
-def joined(parts: Sequence[Tensor], spec: TensorSpec) -> LazyTensor:
+def joined(parts: Sequence[LazyTensor], spec: TensorSpec) -> LazyTensor:
     """The whole tensor of its tensor-parallel shards; vocabulary padding still on it."""
     dim = spec.split
     if dim is None or len(parts) == 1:
-        return LazyTensor(tuple(parts[0].shape), parts[0].dtype, lambda: parts[0])
+        return parts[0]
     shape = list(parts[0].shape)
     shape[dim] *= len(parts)
 
     def load() -> Tensor:
         # A gated layer stacks two matrices, each of them cut.
-        pieces = [part.chunk(spec.parts, dim) for part in parts]
+        pieces = [part.load().chunk(spec.parts, dim) for part in parts]
         order = [pieces[rank][part] for part in range(spec.parts) for rank in range(len(parts))]
         return torch.cat(order, dim)
 
     return LazyTensor(tuple(shape), parts[0].dtype, load)
 
 
-def cut(whole: Tensor, spec: TensorSpec, rank: int, size: int) -> Tensor:
-    """One rank's shard, a copy of its own."""
-    if spec.split is None:
-        return whole.clone()
-    pieces = [piece.chunk(size, spec.split)[rank] for piece in whole.chunk(spec.parts, spec.split)]
-    return torch.cat(pieces, spec.split)
+def cut(whole: LazyTensor, spec: TensorSpec, rank: int, size: int) -> LazyTensor:
+    """One rank's shard."""
+    dim = spec.split
+    if dim is None or size == 1:
+        return whole
+    shape = [length // size if axis == dim else length for axis, length in enumerate(whole.shape)]
+
+    def load() -> Tensor:
+        pieces = [piece.chunk(size, dim)[rank] for piece in whole.load().chunk(spec.parts, dim)]
+        return torch.cat(pieces, dim)
+
+    return LazyTensor(tuple(shape), whole.dtype, load)
 
 
 def stage_names(model: Canonical, stage: int, stages: int, layers: int) -> dict[str, str]:

@@ -32,6 +32,7 @@ from chiar_megatron.config.schema import ParallelConfig, RunConfig
 from chiar_megatron.conversion.canonical import (
     Canonical,
     check_tensors,
+    describe,
     with_padding,
     without_padding,
 )
@@ -63,16 +64,24 @@ class Native(Format):
             return False
 
     def read(self, path: Path, options: ConvertOptions) -> Canonical:
-        """Of a run folder the newest checkpoint, whatever layout wrote it."""
+        """Of a run folder the newest checkpoint, whatever layout wrote it; every file's digest is checked."""
+        return self._read(path, sizes_only=False)
+
+    def inspect(self, path: Path, options: ConvertOptions) -> dict[str, Any]:
+        """By the files' sizes, without reading them."""
+        return {**describe(self._read(path, sizes_only=True)), **self.describe(path)}
+
+    def _read(self, path: Path, sizes_only: bool) -> Canonical:
         folder = resolve_checkpoint(path)
         manifest = read_manifest(folder)
-        damage = find_damage(folder, sorted(manifest), manifest)
+        damage = find_damage(folder, sorted(manifest), manifest, sizes_only)
         if damage is not None:
             raise CheckpointError(f"{folder} is damaged: {damage}")
         info = CheckpointInfo.read(folder)
         config = config_from_dict(info.config, str(folder))
         config = replace(config, parallel=ParallelConfig())
-        assert config.model.vocab_size is not None
+        if config.model.vocab_size is None:
+            raise CheckpointError(f"{folder}: {INFO} is torn: its config is not resolved (model.vocab_size)")
         stored = stored_tensors(folder)
         names = tensor_specs(config.model)
         # The optimizer's state lies in the same files.
@@ -80,6 +89,8 @@ class Native(Format):
         tensors = {n: without_padding(n, t, config.model.vocab_size) for n, t in own.items()}
         tokenizer = config.data.tokenizer
         notes = ["the optimizer's state is left out: weights only"] if info.has_optimizer else []
+        if tokenizer is not None and not Path(tokenizer).exists():
+            notes.append(f"its tokenizer {tokenizer} is not there and is left out (--tokenizer)")
         model = Canonical(
             config,
             tensors,
@@ -137,8 +148,8 @@ class Native(Format):
         forced_BS: Mapping[int, Tensor] | None = None,
         noisy: bool = False,
     ) -> Answer:
-        """By our own layers."""
-        return native_answer(self.read(path, options), ids_BS, forced_BS, noisy)
+        """By our own layers; `read` has checked the digests before."""
+        return native_answer(self._read(path, sizes_only=True), ids_BS, forced_BS, noisy)
 
 
 def write_files(writer: TorchDistWriter, folder: str, journal: Journal) -> None:

@@ -5,10 +5,10 @@ mixed training's files, and the full-attention baseline. Nothing in a file is ex
 from __future__ import annotations
 
 import math
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +18,25 @@ from torch import Tensor
 from chiar_megatron.config.fields import nearest_name
 from chiar_megatron.config.problems import shown
 from chiar_megatron.conversion.formats import ReferenceOptions, RoutingMode
-from chiar_megatron.conversion.keymap import Rule, Sizes, reference_rules
-from chiar_megatron.conversion.safe_load import only_globals
+from chiar_megatron.conversion.keymap import Rule, Sizes, reference_rules, unwrapped_names
+from chiar_megatron.conversion.torch_files import (
+    StoredTensor,
+    read_torch_file,
+    same_values,
+    tensors_of,
+)
 from chiar_megatron.errors import CheckpointError, ConfigError
 from chiar_megatron.model.tensors import LazyTensor, mismatches, refuse
 
 Kind = Literal["chiar", "baseline"]
 ROUTING_MODES = ("threshold", "soft", "hard")
 TAU_LOW, TAU_HIGH = 0.8935, 0.8973  # the paper's 33rd and 67th percentile
+WRAPPERS = ("model", "model_state_dict", "state_dict")  # theirs, and what other scripts write
 HEAD_SIZE = 64  # where a file has no rope.inv_freq
 ROTARY_BASE = 10000.0
 ENTROPY_EPSILON = 1e-8  # inside their logarithm
 
 _LAYER = re.compile(r"(layers|attns|ffns|ffn_norms)\.(\d+)\.")
-_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class ReferenceCheckpoint:
     tau: float
     """Midpoint of the thresholds, to be compared with the authors' entropy."""
     tied: bool
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Callable[[], Tensor]]
+    """Each read when called; CheckpointError if a value is not finite."""
     rules: tuple[Rule, ...]
     step: int
     val_ppl: float | None
@@ -63,7 +69,8 @@ class ReferenceCheckpoint:
         return {rule.native: self._lazy(rule) for rule in self.rules}
 
     def _lazy(self, rule: Rule) -> LazyTensor:
-        return LazyTensor(rule.shape, torch.float32, lambda: rule.convert(self.tensors[rule.source].float()))
+        source = self.tensors[rule.source]
+        return LazyTensor(rule.shape, torch.float32, lambda: rule.convert(source().float()))
 
 
 def entropy_offset(hidden: int) -> float:
@@ -77,11 +84,11 @@ def read_reference(path: Path, options: ReferenceOptions) -> ReferenceCheckpoint
     Raises CheckpointError if it is none, would execute code, is torn, or its tensors do not fit together
     (each named with its nearest match); ConfigError if an option contradicts the file.
     """
-    content = load_plain(path)
-    state, extras = _state_of(content, path)
-    notes = _drop_extras(extras)
-    head = state.get("lm_head.weight")
-    tied = head is not None and torch.equal(head, state["token_emb.weight"])
+    content = read_torch_file(path)
+    notes: list[str] = []
+    state, extras = _state_of(content, path, notes)
+    notes += _drop_extras(extras)
+    tied = "lm_head.weight" in state and same_values(state["lm_head.weight"], state["token_emb.weight"])
     if tied:
         del state["lm_head.weight"]
     kind: Kind = "baseline" if any(name.startswith("attns.") for name in state) else "chiar"
@@ -89,10 +96,10 @@ def read_reference(path: Path, options: ReferenceOptions) -> ReferenceCheckpoint
     sizes = _sizes(kind, state, extras, options, notes)
     mode = _routing_mode(content.get("cfg"), state, schedule, options, path)
     rules = reference_rules(kind, schedule, sizes, has_router=mode != "threshold", has_head=not tied)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = {name: tensor.shape for name, tensor in state.items()}
     wanted = {rule.source: rule.shape for rule in rules}
     refuse(mismatches(wanted, shapes), path, "its tensors do not fit its layers")
-    tensors = _floats(state, path, notes)
+    _check_floats(state, path, notes)
     return ReferenceCheckpoint(
         kind=kind,
         schedule=schedule,
@@ -100,65 +107,34 @@ def read_reference(path: Path, options: ReferenceOptions) -> ReferenceCheckpoint
         sizes=sizes,
         tau=_tau(options, content.get("cfg"), "R" in schedule and mode == "threshold", notes),
         tied=tied,
-        tensors=tensors,
+        tensors={name: partial(_finite, tensor, name, path) for name, tensor in state.items()},
         rules=tuple(rules),
-        step=_number(content.get("step"), int) or 0,
+        step=_step(content.get("step"), notes),
         val_ppl=_number(content.get("val_ppl"), float),
         notes=tuple(notes),
     )
 
 
-def load_plain(path: Path) -> Mapping[str, Any]:
-    """A `torch.save`d dict of tensors and plain values; CheckpointError for anything else."""
-    if not path.is_file():
-        what = "is a folder, not one of the authors' .pt files" if path.is_dir() else "does not exist"
-        folder = path.parent
-        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        raise CheckpointError(f"{path} {what}{nearest_name(path.name, names) if not path.exists() else ''}")
-    try:
-        with only_globals():
-            content = _load(path)
-    except pickle.UnpicklingError as error:
-        wanted = _REFUSED_GLOBAL.search(str(error))
-        if wanted is None:
-            raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: copy it again") from None
-        raise CheckpointError(
-            f"{path} is refused: reading it would call {wanted[1]}, and only tensors and plain values are "
-            "read; save it again without that object"
-        ) from None
-    except Exception as error:  # torch.load raises nearly anything for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: {reason}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the authors' dict with 'model'")
-    return content
-
-
-def _load(path: Path) -> Any:
-    """Tensors stay on the disk until they are used, where the file's form (torch 1.6 and later) allows."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _state_of(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _state_of(
+    content: Mapping[str, Any], path: Path, notes: list[str]
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The model's tensors, and those that are not the language model's (rotary buffers, classifiers)."""
-    model = content.get("model")
-    if not isinstance(model, dict):
-        found = ", ".join(map(str, list(content)[:6]))
+    key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    found = content if key is None else content[key]
+    if key is None and not any(str(name).endswith("token_emb.weight") for name in content):
+        keys = ", ".join(map(str, list(content)[:6]))
         raise CheckpointError(
-            f"{path} is none of the authors' checkpoints: it has no 'model' with tensors (it has {found})"
+            f"{path} is none of the authors' checkpoints: it has no 'model' with tensors (it has {keys})"
         )
-    for name, value in model.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise CheckpointError(f"{path}: model entry {shown(name)} is no plain tensor")
+    given = tensors_of(found, path, key or "its")
+    names = unwrapped_names(given, "token_emb.weight")
+    model = {names[name]: tensor for name, tensor in given.items()}
+    if model.keys() != given.keys():
+        notes.append("names are read without the prefixes of wrapping modules (module., _orig_mod.)")
     extras = {name for name in model if _is_extra(name)}
     state = {name: value for name, value in model.items() if name not in extras}
     embedding = state.get("token_emb.weight")
-    if embedding is None or embedding.ndim != 2 or embedding.numel() == 0:
+    if embedding is None or len(embedding.shape) != 2 or 0 in embedding.shape:
         nearest = nearest_name("token_emb.weight", list(state))
         raise CheckpointError(
             f"{path} is none of the authors' checkpoints: no token_emb.weight of shape [vocab, h]{nearest}"
@@ -170,12 +146,12 @@ def _is_extra(name: str) -> bool:
     return name.startswith("_cls_head_") or "rope" in name.split(".")
 
 
-def _drop_extras(extras: Mapping[str, Tensor]) -> list[str]:
+def _drop_extras(extras: Mapping[str, StoredTensor]) -> list[str]:
     heads = sorted(name for name in extras if name.startswith("_cls_head_"))
     return [f"dropped mixed training's classifiers: {', '.join(heads)}"] if heads else []
 
 
-def _schedule(kind: Kind, state: Mapping[str, Tensor], path: Path) -> tuple[str, ...]:
+def _schedule(kind: Kind, state: Mapping[str, StoredTensor], path: Path) -> tuple[str, ...]:
     """A letter a layer, read off the names."""
     folders = {"layers"} if kind == "chiar" else {"attns", "ffns", "ffn_norms"}
     matches = [_LAYER.match(name) for name in state]
@@ -197,8 +173,8 @@ def _schedule(kind: Kind, state: Mapping[str, Tensor], path: Path) -> tuple[str,
 
 def _sizes(
     kind: Kind,
-    state: Mapping[str, Tensor],
-    extras: Mapping[str, Tensor],
+    state: Mapping[str, StoredTensor],
+    extras: Mapping[str, StoredTensor],
     options: ReferenceOptions,
     notes: list[str],
 ) -> Sizes:
@@ -220,13 +196,13 @@ def _sizes(
     return Sizes(vocab, hidden, ffn, heads, width // heads)
 
 
-def _rows(state: Mapping[str, Tensor], pattern: str) -> int | None:
+def _rows(state: Mapping[str, StoredTensor], pattern: str) -> int | None:
     """Rows of the first tensor of this name."""
-    return next((t.shape[0] for name, t in state.items() if re.fullmatch(pattern, name) and t.ndim), None)
+    return next((t.shape[0] for name, t in state.items() if re.fullmatch(pattern, name) and t.shape), None)
 
 
-def _head_size(extras: Mapping[str, Tensor], notes: list[str]) -> int:
-    frequencies = [tensor for name, tensor in extras.items() if name.endswith("rope.inv_freq")]
+def _head_size(extras: Mapping[str, StoredTensor], notes: list[str]) -> int:
+    frequencies = [tensor.load() for name, tensor in extras.items() if name.endswith("rope.inv_freq")]
     lengths = {tensor.numel() for tensor in frequencies}
     if not lengths:
         notes.append(f"no rope.inv_freq in the file: heads of {HEAD_SIZE} assumed (--num-heads overrules)")
@@ -242,7 +218,7 @@ def _head_size(extras: Mapping[str, Tensor], notes: list[str]) -> int:
 
 def _routing_mode(
     cfg: object,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, StoredTensor],
     schedule: tuple[str, ...],
     options: ReferenceOptions,
     path: Path,
@@ -289,24 +265,29 @@ def _tau(options: ReferenceOptions, cfg: object, is_used: bool, notes: list[str]
     return (low + high) / 2
 
 
-def _floats(state: Mapping[str, Tensor], path: Path, notes: list[str]) -> dict[str, Tensor]:
+def _check_floats(state: Mapping[str, StoredTensor], path: Path, notes: list[str]) -> None:
     """Half precision is widened exactly, double precision rounded; other types are no weights."""
-    wrong = [f"{name} has dtype {t.dtype}" for name, t in state.items() if not t.is_floating_point()]
+    wrong = [f"{name} has dtype {t.dtype}" for name, t in state.items() if not t.dtype.is_floating_point]
     refuse(wrong, path, "weights must be floating-point")
-    tensors = {name: tensor.detach() for name, tensor in state.items()}
-    refuse(
-        [
-            f"{name} has values that are not finite"
-            for name, t in tensors.items()
-            if not t.float().isfinite().all()
-        ],
-        path,
-        "it holds no usable weights",
-    )
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()} - {"float32"}
     if dtypes:
         notes.append(f"weights stored as {', '.join(sorted(dtypes))} are written as float32")
-    return tensors
+
+
+def _finite(tensor: StoredTensor, name: str, path: Path) -> Tensor:
+    values = tensor.load()
+    if not values.float().isfinite().all():
+        raise CheckpointError(f"{path}: {name} has values that are not finite; it holds no usable weights")
+    return values
+
+
+def _step(value: object, notes: list[str]) -> int:
+    if isinstance(value, StoredTensor) and math.prod(value.shape) == 1:
+        value = value.load().item()
+    step = _number(value, int)
+    if step is None and value is not None:
+        notes.append(f"step 0 assumed: the file says {shown(value)}")
+    return step or 0
 
 
 def _number(value: object, kind: type) -> Any:

@@ -27,7 +27,7 @@ from chiar_megatron.config.validate import check_config
 from chiar_megatron.conversion.canonical import Canonical
 from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.conversion.journal import Journal
-from chiar_megatron.conversion.keymap import Sizes, reference_rules
+from chiar_megatron.conversion.keymap import Rule, Sizes, reference_rules
 from chiar_megatron.conversion.reference import (
     ROTARY_BASE,
     ReferenceCheckpoint,
@@ -35,6 +35,7 @@ from chiar_megatron.conversion.reference import (
     read_reference,
 )
 from chiar_megatron.conversion.reference_forward import reference_forward
+from chiar_megatron.conversion.torch_files import in_memory, write_torch_file
 from chiar_megatron.model.tensors import LazyTensor, refuse, tensor_specs
 
 SEQ_LENGTH = 256  # the paper's; the authors' files do not tell
@@ -99,24 +100,22 @@ class Reference(Format):
         )  # fmt: skip
         blends = config.router.kind in ("soft", "hard") and "R" in letters
         rules = reference_rules(kind, letters, sizes, has_router=blends, has_head=not config.tie_embeddings)
-        state: dict[str, Tensor] = {}
-        for rule in rules:
-            state[rule.source] = rule.invert(model.tensors[rule.native].load().float()).contiguous()
-            journal.advance(state[rule.source].nbytes)
+        state = {rule.source: _inverse(rule, model.tensors[rule.native]) for rule in rules}
         if config.tie_embeddings:
             state["lm_head.weight"] = state["token_emb.weight"]
         rope = _rope_buffers(head_size, config.seq_length)
         for index, letter in enumerate(letters):
             if letter in "AR":
                 layer = f"attns.{index}" if kind == "baseline" else f"layers.{index}.attn"
-                state |= {f"{layer}.rope.{name}": tensor for name, tensor in rope.items()}
+                state |= {f"{layer}.rope.{name}": in_memory(tensor) for name, tensor in rope.items()}
         cfg: dict[str, Any] = {"vocab_size": sizes.vocab, "routing_mode": "threshold"}
         if kind == "chiar" and "R" in letters:
             modes = {native: theirs for theirs, native in ROUTER_KINDS.items()}
             cfg["routing_mode"] = modes[config.router.kind]
             if config.router.kind == "entropy":
                 cfg["tau_low"] = cfg["tau_high"] = _thresholds(model)[0] - entropy_offset(config.hidden_size)
-        torch.save({"step": model.step, "model": state, "val_ppl": math.nan, "cfg": cfg}, path)
+        content = {"step": model.step, "model": state, "val_ppl": math.nan, "cfg": cfg}
+        write_torch_file(path, content, journal.advance)
 
     def answer(
         self,
@@ -210,6 +209,10 @@ def _rope_buffers(head_size: int, length: int) -> dict[str, Tensor]:
     inv_freq_D = 1.0 / ROTARY_BASE ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angle_SD = torch.outer(torch.arange(length, dtype=torch.float32), inv_freq_D).repeat(1, 2)
     return {"inv_freq": inv_freq_D, "cos_cache": angle_SD.cos(), "sin_cache": angle_SD.sin()}
+
+
+def _inverse(rule: Rule, tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(rule.shape, torch.float32, lambda: rule.invert(tensor.load().float()))
 
 
 def _constant(shape: tuple[int, ...], value: float) -> LazyTensor:

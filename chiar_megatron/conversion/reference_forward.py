@@ -9,7 +9,7 @@ Batch first: `[b, s, h]`; one process; every operator on every token.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,18 +55,16 @@ def reference_forward(
     return _Forward(checkpoint, dtype, forced_light_BS or {}).run(ids_BS)
 
 
-class _AsNeeded(dict[str, Tensor]):
-    """Tensors in the precision asked for, converted when used and then forgotten."""
+class _AsNeeded(dict[str, Any]):
+    """Tensors in the precision asked for, read when used and then forgotten."""
 
-    def __init__(self, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, stored: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
         super().__init__(stored)
         self.dtype = dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return super().__getitem__(name).to(self.dtype)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        read: Callable[[], Tensor] = super().__getitem__(name)
+        return read().to(self.dtype)
 
 
 class _Forward:
@@ -94,7 +92,7 @@ class _Forward:
         for index in range(len(self.checkpoint.schedule)):
             y = self._layer(index, x, answer)
             x = gate * y + (1 - gate) * x if index == 0 and gate is not None else y
-        head = self.tensors.get("lm_head.weight", self.tensors["token_emb.weight"])
+        head = self.tensors["lm_head.weight" if "lm_head.weight" in self.tensors else "token_emb.weight"]
         answer.logits_BSV = self._norm("norm", x) @ head.T
         return answer
 

@@ -68,14 +68,16 @@ def read_dense(folder: Path, options: ConvertOptions) -> Canonical:
         else _new(name, spec.shape, torch.float32 if spec.is_buffer else dtype)
         for name, spec in tensor_specs(config.model).items()
     }
+    tokenizer, missing = find_tokenizer(folder)
     return Canonical(
         config,
         tensors,
         notes=(
+            *missing,
             f"upcycled: routers start near all light (threshold {THRESHOLD}), filters at 0; go on by "
             f"`chiar pretrain DST/config.yaml --init-from DST run_dir=...` at model.router.target {TARGET}",
         ),
-        tokenizer=find_tokenizer(folder),
+        tokenizer=tokenizer,
         facts={"source_model": read_json(folder / CONFIG).get("model_type")},
     )
 
@@ -164,7 +166,7 @@ def _native_config(folder: Path, schedule: str | None) -> RunConfig:
         router=RouterConfig(kind="learned", threshold=THRESHOLD, target=TARGET),
         meta_router=MetaRouterConfig(enabled=False),
     )
-    data = DataConfig(eod_token=eos[0] if isinstance(eos, list) else eos)
+    data = DataConfig(eod_token=next(iter(eos), None) if isinstance(eos, list) else eos)
     config = resolve_config(
         RunConfig(run_dir=str(folder), model=model, data=data), vocab_size=None, eod_token=None
     )

@@ -107,6 +107,12 @@ class ChiarConfig(PretrainedConfig):
         self.use_cache = own_cache
 
     @property
+    def document_end(self) -> int | None:
+        """The token that ends a document: the first where several end a generation."""
+        eos = self.eos_token_id
+        return next(iter(eos), None) if isinstance(eos, (list, tuple)) else eos
+
+    @property
     def blends_rbf(self) -> bool:
         """Whether RBF mixing is a third operator."""
         blends = self.router["kind"] in ("soft", "hard")

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from chiar_megatron.config.load import resolve_config
+from chiar_megatron.config.load import config_from_dict, resolve_config, to_dict
 from chiar_megatron.config.schema import (
     DataConfig,
     MetaRouterConfig,
@@ -27,15 +26,33 @@ from chiar_megatron.config.validate import check_config
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.huggingface.configuration import ChiarConfig
 from chiar_megatron.huggingface.names import Group, foreign_shapes, groups
-from chiar_megatron.model.tensors import LazyTensor, mismatches, refuse
+from chiar_megatron.model.tensors import LazyTensor, mismatches, read_values, refuse
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_KINDS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (
+        (
+            "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "max_position_embeddings",
+        ),
+        int,
+        "a whole number",
+    ),
+    (("norm_epsilon", "rotary_base", "dropout", "initializer_range"), (int, float), "a number"),
+    (("use_bias", "attention_bias", "mask_documents", "tie_word_embeddings"), bool, "true or false"),
+    (("router", "meta_router", "rbf", "rotary_scaling", "pretraining"), dict, "an object"),
+    (("schedule", "norm", "normalization", "hidden_act"), str, "a text"),
+)  # fmt: skip
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+
+
+KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
+"""What safetensors calls the kinds of numbers."""
 
 
 def is_folder(path: Path) -> bool:
@@ -87,26 +104,27 @@ def _is_plain(file: object) -> bool:
 
 
 def _tensors_of(path: Path) -> dict[str, LazyTensor]:
+    """safetensors checks the header; numbers are read by ourselves, for it would map the whole file."""
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            names = list(file.keys())
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(size))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; copy the folder again") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from None
-    unknown = sorted({kind for _, kind in kinds.values() if kind not in _DTYPES})
+    unknown = sorted({header[name]["dtype"] for name in names} - _DTYPES.keys())
     if unknown:
         raise CheckpointError(f"{path} holds numbers of kind {unknown}; quantised weights are not converted")
-    return {name: _lazy(path, name, shape, _DTYPES[kind]) for name, (shape, kind) in kinds.items()}
+    return {name: _lazy(path, 8 + size, header[name]) for name in names}
 
 
-def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-    def load() -> Tensor:
-        with safe_open(path, framework="pt") as file:  # opened anew: its pages are given back with it
-            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
-
-    return LazyTensor(shape, dtype, load)
+def _lazy(path: Path, first: int, entry: Mapping[str, Any]) -> LazyTensor:
+    shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+    begin, numel = first + entry["data_offsets"][0], torch.Size(shape).numel()
+    return LazyTensor(shape, dtype, lambda: read_values(path, begin, dtype, numel).view(shape))
 
 
 def read_chiar_config(folder: Path) -> ChiarConfig:
@@ -118,10 +136,33 @@ def read_chiar_config(folder: Path) -> ChiarConfig:
             f"{folder} holds a {kind!r} model, not a CHIAR-Former; `chiar convert --from huggingface --to "
             "native --schedule ...` makes one of a dense Llama, Mistral or Qwen2"
         )
+    _check_kinds(content, folder / CONFIG)
     try:
         return ChiarConfig.from_dict(content)
     except Exception as error:  # transformers and our own checks raise many kinds
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+
+
+def _check_kinds(content: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError naming fields whose values are of another kind than they must be."""
+    problems = [
+        f"{name} is {content[name]!r}; it must be {what}"
+        for names, kind, what in _KINDS
+        for name in names
+        if content.get(name) is not None
+        and (not isinstance(content[name], kind) or (kind is int and isinstance(content[name], bool)))
+    ]
+    progress = content.get("pretraining")
+    if isinstance(progress, dict):
+        counts = ((name, progress.get(name, 0)) for name in ("step", "tokens_seen"))
+        problems += [f"pretraining.{n} is {v!r}; it must be a count" for n, v in counts if not _is_count(v)]
+    if content.get("hidden_act", "gelu") not in ("gelu", "silu"):
+        problems.append(f"hidden_act is {content['hidden_act']!r}; it must be gelu or silu")
+    refuse(problems, path, "it describes no CHIAR model")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
@@ -129,7 +170,12 @@ def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
 
     Raises ConfigError for values that no model can have.
     """
-    eos = config.eos_token_id
+    try:
+        router = RouterConfig(**{k: v for k, v in config.router.items() if k != "has_controller"})
+        meta_router = MetaRouterConfig(**config.meta_router)
+        scaling = RotaryScalingConfig(**config.rotary_scaling)
+    except TypeError as error:
+        raise CheckpointError(f"{run_dir / CONFIG}: router, meta_router or rotary_scaling: {error}") from None
     model = ModelConfig(
         schedule=config.schedule,
         hidden_size=config.hidden_size,
@@ -147,21 +193,20 @@ def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
         add_qkv_bias=None if config.attention_bias == config.use_bias else config.attention_bias,
         tie_embeddings=config.tie_word_embeddings,
         rotary_base=config.rotary_base,
-        rotary_scaling=RotaryScalingConfig(**config.rotary_scaling),
+        rotary_scaling=scaling,
         dropout=config.dropout,
         init_std=config.initializer_range,
         rbf_features=config.rbf["features"],
         rbf_gamma=config.rbf["gamma"],
         mask_documents=config.mask_documents,
-        router=RouterConfig(**{k: v for k, v in config.router.items() if k != "has_controller"}),
-        meta_router=MetaRouterConfig(**config.meta_router),
+        router=router,
+        meta_router=meta_router,
     )
-    eod = eos[0] if isinstance(eos, list) else eos
-    resolved = resolve_config(
-        RunConfig(run_dir=str(run_dir), model=model, data=DataConfig(eod_token=eod)),
-        vocab_size=None,
-        eod_token=None,
-    )
+    data = DataConfig(eod_token=config.document_end)
+    given = RunConfig(run_dir=str(run_dir), model=model, data=data)
+    # Read as a recipe is, so that values no field can have are named.
+    given = config_from_dict(to_dict(given), f"{run_dir / CONFIG}")
+    resolved = resolve_config(given, vocab_size=None, eod_token=None)
     check_config(resolved)
     return resolved
 

@@ -172,8 +172,8 @@ def recall(config: ChiarConfig, x: Tensor, context: TokenContext) -> tuple[Tenso
     their own, or in layer 1's where it has no attention."""
     pools = config.meta_router["enabled"] and config.meta_router["pooling"] == "causal"
     end = None
-    if config.mask_documents and config.eos_token_id is not None and context.ids_BS is not None:
-        end = context.ids_BS == config.eos_token_id
+    if config.mask_documents and config.document_end is not None and context.ids_BS is not None:
+        end = context.ids_BS == config.document_end
     first_is_free = parse_schedule(config.schedule)[0] == "D"  # its slot tells how many tokens were seen
     if not pools and end is None and not first_is_free:
         return None

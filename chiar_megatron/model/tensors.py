@@ -144,6 +144,21 @@ class LazyTensor:
     """Reads it: of that shape and dtype, on the CPU, not to be written into."""
 
 
+def read_values(path: Path, begin: int, dtype: torch.dtype, count: int) -> Tensor:
+    """So many values that lie in a file from byte `begin` on, 1-D: a plain read, nothing is mapped.
+
+    Raises CheckpointError if the file ends before.
+    """
+    out = torch.empty(count, dtype=dtype)
+    if count == 0:
+        return out
+    with path.open("rb") as file:
+        file.seek(begin)
+        if file.readinto(out.view(torch.uint8).numpy().data) != out.nbytes:
+            raise CheckpointError(f"{path} is torn: it ends within a tensor; copy it again")
+    return out
+
+
 def mismatches(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What is missing, surplus or of another shape, a line each with the nearest name; [] if all fits."""
     missing = [name for name in wanted if name not in found]

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as checkpoint
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from chiar_megatron.checkpoint.files import read_manifest, step_folder
+from chiar_megatron.checkpoint.torch_dist import stored_tensors
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, ChiarError, ConfigError
 from chiar_megatron.metrics.jsonl import read_metrics
+from chiar_megatron.model.tensors import LazyTensor
 from chiar_megatron.runtime.env import ProcessEnv
 
 TIME_LIMIT_SECONDS = 3600.0  # of one short run, its start included
@@ -140,8 +139,7 @@ def _differing_figures(whole: Path, parts: Path) -> list[str]:
 
 def _differing_tensors(whole: Path, parts: Path) -> tuple[list[str], int]:
     """Names of what is saved and differs, and how many tensors there are."""
-    stored = FileSystemReader(str(whole)).read_metadata().state_dict_metadata
-    tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    tensors, others = stored_tensors(whole), stored_tensors(parts)
     digests = [
         {name: digest for name, digest in read_manifest(folder).items() if _holds_state(name)}
         for folder in (whole, parts)
@@ -150,8 +148,8 @@ def _differing_tensors(whole: Path, parts: Path) -> tuple[list[str], int]:
         return [], len(tensors)
     differing = [
         name
-        for name, entry in tensors.items()
-        if not torch.equal(_bits(whole, name, entry), _bits(parts, name, entry))
+        for name, tensor in tensors.items()
+        if name not in others or not torch.equal(_bits(tensor), _bits(others[name]))
     ]
     if digests[0][COMMON_STATE_FNAME] != digests[1][COMMON_STATE_FNAME]:
         differing.append(f"{COMMON_STATE_FNAME} (counters of the optimizer)")
@@ -162,8 +160,6 @@ def _holds_state(name: str) -> bool:
     return name.endswith(".distcp") or name == COMMON_STATE_FNAME
 
 
-def _bits(folder: Path, name: str, entry: TensorStorageMetadata) -> torch.Tensor:
-    """One whole tensor of a checkpoint as bytes, so that a NaN equals itself."""
-    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-    checkpoint.load(state, storage_reader=FileSystemReader(str(folder)), no_dist=True)
-    return state[name].reshape(-1).view(torch.uint8)
+def _bits(tensor: LazyTensor) -> torch.Tensor:
+    """As bytes, so that a NaN equals itself."""
+    return tensor.load().reshape(-1).view(torch.uint8)

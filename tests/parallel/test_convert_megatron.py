@@ -21,7 +21,7 @@ from megatron.core import dist_checkpointing
 from chiar_megatron.conversion.convert import convert, inspect
 from chiar_megatron.conversion.formats import ConvertOptions, MegatronOptions
 from chiar_megatron.errors import CheckpointError
-from chiar_megatron.inference.load import load_model
+from chiar_megatron.inference.load import InferenceModel, load_model
 from chiar_megatron.runtime.distributed import single_process_world
 from tests.parallel.harness import run_ranks
 from tests.parallel.workers_megatron import plain_gpt
@@ -65,19 +65,31 @@ def folder(tmp_path_factory) -> Path:
 def test_every_layout_loads_what_was_converted_and_is_converted_back(folder, tmp_path):
     args = {"folder": str(folder), "kinds": list(KINDS), "grid": GRID}
     answers = run_ranks("tests.parallel.workers_megatron:write_and_load", 8, args, timeout=280)
-    assert all(len(checked) == len(KINDS) * len(GRID) for checked in answers)
+    assert all(len(checked) == len(KINDS) * (len(GRID) + 1) for checked in answers)
     for kind in KINDS:
-        native = load_model(folder / f"{kind}.native", device="cpu").module.state_dict()
-        for size, stages in GRID:
-            target = tmp_path / f"{kind}.{size}x{stages}"
+        native = load_model(folder / f"{kind}.native", device="cpu")
+        for layout in [*(f"{size}x{stages}" for size, stages in GRID), "vpp"]:
+            target = tmp_path / f"{kind}.{layout}"
             convert("megatron", "native", folder / target.name / "iter_0000007", target, ConvertOptions())
-            found = load_model(target, device="cpu")
-            for name, tensor in found.module.state_dict().items():
-                if tensor is not None:
-                    rows = found.vocab_size if "word_embeddings" in name or "output_layer" in name else None
-                    assert torch.equal(
-                        tensor[:rows] if rows else tensor, native[name][:rows] if rows else native[name]
-                    )
+            assert_same(load_model(target, device="cpu"), native)
+    # Interleaved stages in distributed checkpoints: Megatron-LM's, and a run's of our own.
+    native = load_model(folder / "llama.native", device="cpu")
+    convert("megatron", "native", folder / "llama.vpp_dist/iter_0000007", tmp_path / "dist", ConvertOptions())
+    assert_same(load_model(tmp_path / "dist", device="cpu"), native)
+    native = load_model(folder / "chiar.native", device="cpu")
+    convert("native", "huggingface", folder / "chiar.vpp_native", tmp_path / "hf", ConvertOptions())
+    assert_same(load_model(tmp_path / "hf", device="cpu"), native)
+
+
+def assert_same(found: InferenceModel, native: InferenceModel) -> None:
+    """All tensors, but for the vocabulary's padding."""
+    wanted = native.module.state_dict()
+    for name, tensor in found.module.state_dict().items():
+        if tensor is not None:
+            rows = found.vocab_size if "word_embeddings" in name or "output_layer" in name else None
+            assert torch.equal(
+                tensor[:rows] if rows else tensor, wanted[name][:rows] if rows else wanted[name]
+            )
 
 
 @pytest.mark.parametrize("kind", ["gpt", "llama", "qwen"])
@@ -123,11 +135,13 @@ def test_what_the_arguments_say(folder, tmp_path):
         return str(caught.value)
 
     assert "--num-experts is 8" in refusal(num_experts=8)
+    assert "--apply-layernorm-1p is True" in refusal(apply_layernorm_1p=True)
     assert "learned_absolute" in refusal(position_embedding_type="learned_absolute")
     assert "missing" in refusal(num_layers=5) and "surplus" in refusal(num_layers=3)
     assert "json.encoder.JSONEncoder" in refusal(odd=json.JSONEncoder())
+    torch.save(content, path)
     path.parent.with_name("mp_rank_01").rename(tmp_path / "gone")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="2 tensor-parallel ranks"):
         convert("megatron", "native", tmp_path / "te", tmp_path / "no", ConvertOptions())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+from chiar_megatron.checkpoint.store import CheckpointStore, make_info
+from chiar_megatron.config.load import to_dict
 from chiar_megatron.config.mcore import transformer_config
-from chiar_megatron.config.schema import ParallelConfig, RuntimeConfig
+from chiar_megatron.config.schema import CheckpointConfig, ParallelConfig, RuntimeConfig
 from chiar_megatron.conversion.megatron_args import args_of, is_plain_gpt
 from chiar_megatron.model.build import SHARDING_METADATA, build_model
 from chiar_megatron.runtime.distributed import World, initialize, seed_random_streams, shutdown
-from chiar_megatron.runtime.env import read_process_env
+from chiar_megatron.runtime.env import ProcessEnv, read_process_env
 
 
 def write_and_load(folder: str, kinds: list[str], grid: list[tuple[int, int]]) -> list[str]:
@@ -60,8 +63,54 @@ def write_and_load(folder: str, kinds: list[str], grid: list[tuple[int, int]]) -
             checked.append(f"{kind} {size}x{stages}")
         dist.barrier()
         parallel_state.destroy_model_parallel()
+    checked += _interleaved(root, configs, env)
     shutdown()
     return checked
+
+
+def _interleaved(root: Path, configs: dict[str, Any], env: ProcessEnv) -> list[str]:
+    """Two stages of two chunks each: of every kind `KIND.vpp`, mp_rank files, and `KIND.vpp_dist`, torch_dist
+    as Megatron-LM saves it; of CHIAR also `KIND.vpp_native`."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        layout="even",
+    )
+    world = initialize(parallel, RuntimeConfig(device="cpu"), env)
+    for kind, config in configs.items():
+        rows = -(-config.model.vocab_size // 256) * 256
+        args = args_of(config, 2, 2, rows)
+        args.virtual_pipeline_model_parallel_size = 2
+        chunks = {f"model{chunk}": _model(config, parallel, world, rows, chunk) for chunk in (0, 1)}
+        metadata = None if is_plain_gpt(config.model) else dict(SHARDING_METADATA)
+
+        def sharded(chunks: dict[str, Any] = chunks, metadata: Any = metadata) -> dict[str, Any]:
+            return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in chunks.items()}
+
+        loaded = dist_checkpointing.load(sharded(), str(root / f"{kind}.torch_dist/iter_0000007"))
+        for name, chunk in chunks.items():
+            chunk.load_state_dict(loaded[name])
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 7}
+        target = root / f"{kind}.vpp/iter_0000007"
+        target /= f"mp_rank_{world.tensor_parallel_rank:02}_{world.pipeline_rank:03}"
+        if world.data_parallel_rank == 0:
+            target.mkdir(parents=True)
+            states = {name: chunk.state_dict_for_save_checkpoint() for name, chunk in chunks.items()}
+            torch.save(common | states, target / "model_optim_rng.pt")
+        target = root / f"{kind}.vpp_dist/iter_0000007"
+        if world.rank == 0:
+            target.mkdir(parents=True)
+        dist.barrier()
+        if is_plain_gpt(config.model):
+            dist_checkpointing.save(sharded() | common, str(target))
+        else:
+            store = CheckpointStore(root / f"{kind}.vpp_native" / "checkpoints", CheckpointConfig())
+            layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+            store.save(sharded(), make_info(7, 0, False, layout, to_dict(config)))
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    return [f"{kind} interleaved" for kind in configs]
 
 
 def _config(folder: Path) -> Any:
@@ -71,25 +120,28 @@ def _config(folder: Path) -> Any:
     return checkpoint_config(resolve_checkpoint(folder), ParallelConfig(), None)
 
 
-def _model(config: Any, parallel: ParallelConfig, world: Any, rows: int) -> Any:
-    from dataclasses import replace
-
+def _model(config: Any, parallel: ParallelConfig, world: Any, rows: int, chunk: int | None = None) -> Any:
     model = config.model
-    if not is_plain_gpt(model):
-        return build_model(replace(config, parallel=parallel, model=replace(model, vocab_size=rows)), world)
-    return plain_gpt(model, parallel, rows, world)
+    if is_plain_gpt(model):
+        return plain_gpt(model, parallel, rows, world, chunk)
+    return build_model(
+        replace(config, parallel=parallel, model=replace(model, vocab_size=rows)), world, chunk
+    )
 
 
-def plain_gpt(model: Any, parallel: ParallelConfig, rows: int, world: World) -> GPTModel:
-    """This rank's stage of Megatron-LM's own GPT."""
+def plain_gpt(
+    model: Any, parallel: ParallelConfig, rows: int, world: World, chunk: int | None = None
+) -> GPTModel:
+    """This rank's stage of Megatron-LM's own GPT, or one chunk of it."""
     seed_random_streams(1, 0, world)
     return GPTModel(
         transformer_config(model, parallel),
         get_gpt_layer_local_spec(normalization=model.normalization),
         vocab_size=rows,
         max_sequence_length=model.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope",
         rotary_base=int(model.rotary_base),

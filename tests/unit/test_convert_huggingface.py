@@ -285,19 +285,19 @@ def test_a_killed_conversion_is_taken_up(tmp_path, monkeypatch):
     native = tiny_model(tiny_config({"kind": "learned"}))
     save_model(native, tmp_path / "native")
     options = ConvertOptions(shard_bytes=20_000)
-    whole, written = huggingface_format.save_file, []
+    whole, written = huggingface_format._save, []
 
-    def save(tensors, path, metadata):
+    def save(shard, model, journal, path):
         if len(written) == 3:
             raise KeyboardInterrupt  # as a kill: nothing is tidied up
         written.append(path)
-        whole(tensors, path, metadata=metadata)
+        whole(shard, model, journal, path)
 
-    monkeypatch.setattr(huggingface_format, "save_file", save)
+    monkeypatch.setattr(huggingface_format, "_save", save)
     with pytest.raises(KeyboardInterrupt):
         convert("native", "huggingface", tmp_path / "native", tmp_path / "hf", options)
     assert not (tmp_path / "hf").exists()
-    monkeypatch.setattr(huggingface_format, "save_file", whole)
+    monkeypatch.setattr(huggingface_format, "_save", whole)
     report = convert("native", "huggingface", tmp_path / "native", tmp_path / "hf", options)
     assert "3 files taken from a conversion that was interrupted" in " ".join(report["notes"])
     assert not list(tmp_path.glob(".hf*"))

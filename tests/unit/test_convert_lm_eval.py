@@ -29,7 +29,7 @@ metric_list:
 
 
 def test_the_harness_finds_what_the_native_model_says(tmp_path):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval.models.huggingface")  # installed by lm_eval[hf]
     tokenizer = load_tokenizer(tiny_tokenizer(tmp_path))
     data = {"tokenizer": str(tmp_path / "tok.model"), "eod_token": 1}
     native = tiny_model(tiny_config(vocab_size=320, seq_length=64, data=data))

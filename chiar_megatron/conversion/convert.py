@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from chiar_megatron.runtime.distributed import single_process_world
 
 FORMATS = ("native", "reference", "deepspeed", "huggingface", "megatron")  # in the order of their tests
 REPORT = "conversion.json"
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 __all__ = ["ConvertOptions", "convert", "inspect", "summary"]
 
 
@@ -48,6 +50,7 @@ def convert(
     if not os.path.lexists(source):
         raise CheckpointError(_missing(source))
     _refuse_another(reader, source)
+    _return_freed_memory()
     single_process_world("cpu")
     model = _with_tokenizer(cast(reader.read(source, options), options.dtype), options)
     model = replace(model, notes=(*model.notes, *writer.losses(model, options)))
@@ -177,6 +180,15 @@ def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:
             f"{target_format}"
         )
     return _format(source_format), _format(target_format)
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give every freed tensor back to the system. By itself glibc keeps those below 32 MB
+    once it has seen one freed, in pieces, so that the peak would grow with the model."""
+    try:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    except (OSError, AttributeError):  # another C library
+        pass
 
 
 def _refuse_another(format: Format, source: Path) -> None:

@@ -21,7 +21,9 @@ from chiar_megatron.metrics.jsonl import read_lines
 
 FILE = "attempts.jsonl"
 LOST = "lost with its node"
-FAILURES = ("failure", LOST)
+HANG = "hang"
+FAILURES = ("failure", HANG, LOST)
+HANG_TRIES = 2  # a hang at the same step is tried again once
 LIMIT_MARGIN_SECONDS = 90.0  # SLURM sends the signal up to a minute early, and the save took its time
 
 Action = Literal["stop", "requeue", "resubmit", "wait"]
@@ -79,7 +81,7 @@ def end_attempt(
     again: Action = "requeue" if facts.get("Requeue", "1") == "1" else "resubmit"
     if reason in ("done", "scancel", "stop file", "bad input", "not finite", "exit_after_steps"):
         return Verdict("stop", reason)
-    problem = _fails_in_place(run_dir, max_tries)
+    problem = _fails_in_place(run_dir, min(max_tries, HANG_TRIES) if reason == HANG else max_tries)
     if problem is not None:
         return Verdict("stop", problem)
     return Verdict("wait" if reason in ("preemption", "node failure or requeue") else again, reason)
@@ -117,6 +119,8 @@ def _reason(
         return _who_signalled(facts, lead)
     if said.startswith("not finite"):
         return "not finite"
+    if said.startswith("hang:"):
+        return HANG
     return "bad input" if exit_code == EXIT_BAD_INPUT else "failure"
 
 

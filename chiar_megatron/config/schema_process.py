@@ -39,6 +39,11 @@ class RuntimeConfig:
     collective_timeout_seconds: float = 600.0
     """How long one collective may take before the run is failed."""
 
+    hang_seconds: Optional[float] = None
+    """Without progress of a rank, after which it is named, stacks are written into `<run folder>/hangs` and
+    the run ends, to be started again; longer than any step, save or batch of a validation takes. null: nine
+    tenths of `collective_timeout_seconds`; 0: never."""
+
     threads_per_process: Optional[int] = None
     """CPU threads of one process. null: cores / processes on this host."""
 

@@ -33,8 +33,9 @@ def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
     """
     if env.world_size == 1:
         return dist.HashStore()
+    hosts = env.rank == 0 and not env.agent_hosts_store
     # The prefix keeps a launch apart from another that listens at the same port by mistake.
-    store = dist.PrefixStore(f"chiar/{env.job}", _open_store(env, timeout_seconds))
+    store = dist.PrefixStore(f"chiar/{env.job}", _open_store(env, timeout_seconds, hosts))
     if store.add(f"starts/{env.rank}", 1) > 1:
         first = store.get(f"arrived/{env.rank}").decode()
         raise LaunchError(
@@ -55,8 +56,15 @@ def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
     return store
 
 
-def _open_store(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
-    hosts_store = env.rank == 0 and not env.agent_hosts_store
+def open_client(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
+    """A connection of its own to the store of a launch that has met, for a thread beside training.
+
+    Raises LaunchError if rank 0 cannot be reached.
+    """
+    return dist.PrefixStore(f"chiar/{env.job}/beside", _open_store(env, timeout_seconds, hosts_store=False))
+
+
+def _open_store(env: ProcessEnv, timeout_seconds: float, hosts_store: bool) -> dist.Store:
     try:
         return dist.TCPStore(
             env.master_addr,

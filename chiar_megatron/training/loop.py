@@ -30,6 +30,7 @@ from chiar_megatron.errors import (
 )
 from chiar_megatron.runtime.device import set_deterministic
 from chiar_megatron.runtime.distributed import World
+from chiar_megatron.runtime.watchdog import EXIT_HUNG, Progress, Watchdog
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 from chiar_megatron.training.engine import MegatronEngine, PendingStep, StepResult
 from chiar_megatron.training.hooks import Schedule
@@ -57,6 +58,30 @@ def pretrain(
     check_config(config, world.size)
     folder = RunFolder(config.run_dir)
     on_main(lambda: folder.write_start(world.size))
+    with _watchdog(config, world, folder) as progress:
+        return _attempt(config, world, folder, signals, open_streams, progress)
+
+
+def _watchdog(config: RunConfig, world: World, folder: RunFolder) -> Watchdog:
+    runtime = config.runtime
+    seconds = runtime.hang_seconds
+    if seconds is None:  # before torch's own time-out, which names nobody
+        seconds = 0.9 * runtime.collective_timeout_seconds
+
+    def report(verdict: str, step: int) -> None:
+        folder.write_exit(f"hang: {verdict}", step, EXIT_HUNG)
+
+    return Watchdog(world.env, seconds, runtime.start_timeout_seconds, folder.path, report)
+
+
+def _attempt(
+    config: RunConfig,
+    world: World,
+    folder: RunFolder,
+    signals: StopSignals,
+    open_streams: Callable[[RunConfig], Streams] | None,
+    progress: Progress,
+) -> int:
     if config.training.deterministic:
         set_deterministic()
     trainer = None
@@ -69,10 +94,12 @@ def pretrain(
             raise DataError(
                 "data.train is empty: give the prefix of preprocessed files (see `chiar preprocess`)"
             )
-        trainer = Trainer(config, world, folder, streams, signals)
+        progress.beat()
+        trainer = Trainer(config, world, folder, streams, signals, progress)
         on_main(lambda: folder.write_config(config))
         return trainer.run()
     except BaseException as error:
+        progress.wait_if_hung()
         kind = "not finite" if isinstance(error, NonFiniteError) else "error"
         reason = f"{kind}: " + (str(error).splitlines() or [type(error).__name__])[0]
         code = EXIT_BAD_INPUT if isinstance(error, ChiarError) else 1
@@ -95,16 +122,24 @@ class Trainer:
     """One attempt at a run: from where it stands to its end, a stop, or a failure."""
 
     def __init__(
-        self, config: RunConfig, world: World, folder: RunFolder, streams: Streams, signals: StopSignals
+        self,
+        config: RunConfig,
+        world: World,
+        folder: RunFolder,
+        streams: Streams,
+        signals: StopSignals,
+        progress: Progress,
     ) -> None:
         self.config = config
         self.world = world
         self.folder = folder
         self.streams = streams
+        self.progress = progress
         runtime = config.runtime
         self.recorder = DecisionRecorder(Path(runtime.record_decisions)) if runtime.record_decisions else None
         replay = DecisionReplay(Path(runtime.replay_decisions)) if runtime.replay_decisions else None
         self.engine = MegatronEngine(config, world, self.recorder, replay)
+        self.engine.on_batch = progress.beat
         self.store = CheckpointStore(folder.checkpoints, config.checkpoint)
         self.schedule = Schedule(config, world.is_main, signals)
         restored = restore(config, self.engine, self.store)
@@ -126,6 +161,7 @@ class Trainer:
         batches = read_ahead(self._train, self._layout(), self.step, last, self.config.data.num_workers)
         stop_reason = None
         for step, step_batches in enumerate(batches, start=self.step):
+            self.progress.mark("training", step + 1)
             detailed = self.reporter.is_due(step + 1) or self.schedule.validation_due(step + 1)
             self.under_way.append(
                 self.engine.launch_step(step_batches, step, self.schedule.requests, detailed)
@@ -137,6 +173,7 @@ class Trainer:
                 stop_reason = self._settle_step(self.under_way.popleft()) or stop_reason
             if stop_reason is not None:
                 break
+            self.progress.mark("reading data", step + 2)
         while self.under_way:
             self._settle_step(self.under_way.popleft())
         return self._finish(stop_reason)
@@ -195,6 +232,7 @@ class Trainer:
         validation: dict[str, float] = {}
         if self.schedule.validation_due(self.step):
             started = time.monotonic()
+            self.progress.mark("validation", self.step)
             validation = self._validate(self.streams.validation)
             self.reporter.pause(time.monotonic() - started)
         self.reporter.step(self.step, self.tokens_seen, result, validation)
@@ -217,6 +255,7 @@ class Trainer:
     def _save(self, required: bool, delete_old: bool = True) -> None:
         """Write a checkpoint. A failed one is reported and, unless required, training goes on without it."""
         started = time.monotonic()
+        self.progress.mark("saving", self.step)
         self._settle(self.store.finish)
         if self.saved_step != self.step:
             info = self._info()
@@ -226,6 +265,7 @@ class Trainer:
             save = self.store.start if in_background else self.store.save
             self._settle(lambda: save(state, info, delete_old), required)
         self.schedule.saved()
+        self.progress.mark("saved", self.step)
         self.reporter.pause(time.monotonic() - started)
 
     def _info(self) -> CheckpointInfo:
@@ -264,6 +304,7 @@ class Trainer:
             self.recorder.write(self.world.rank)
         done = self.step >= self.config.training.steps
         if done and self.streams.test and self.config.training.eval_steps > 0:
+            self.progress.mark("test", self.step)
             self.reporter.test(self._validate(self.streams.test))
         code = EXIT_DONE if done else EXIT_RESUMABLE
         reason = "done" if done else (stop_reason or "exit_after_steps")

@@ -64,6 +64,7 @@ def write_exit(run_dir: Path, reason: str) -> None:
         ("done", "", "stop: done"),
         ("stop file", "", "stop: stop file"),
         ("not finite: loss", "", "stop: not finite"),
+        ("hang: rank 1 on n1", "", "requeue: hang"),
         ("SIGTERM", "JobState=CANCELLED", "stop: scancel"),
         ("SIGTERM", "JobState=PREEMPTED", "wait: preemption"),
         ("SIGTERM", f"{ENDING}00:01:05", "stop: scancel"),
@@ -90,6 +91,13 @@ def test_what_follows_an_attempt(tmp_path: Path, said: str, facts: str, verdict:
     begin_attempt(tmp_path, 3, {})
     write_exit(tmp_path, said)
     assert str(end_attempt(tmp_path, 75, "", facts, 120, 3)) == verdict
+
+
+def test_a_hang_in_one_place_is_tried_again_once(tmp_path: Path) -> None:
+    for action in ("requeue", "stop"):
+        begin_attempt(tmp_path, 5, {})
+        write_exit(tmp_path, "hang: rank 1 on n1")
+        assert end_attempt(tmp_path, 1, "", "", 120, 5).action == action
 
 
 def test_failures_in_one_place_stop_the_run(tmp_path: Path) -> None:

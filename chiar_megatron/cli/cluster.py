@@ -1,4 +1,4 @@
-"""`chiar submit`, and what its jobs call: `prepare` and `attempt`."""
+"""`chiar submit` and `status`, and what jobs call: `prepare` and `attempt`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def add_cluster_verbs(verbs: Verbs) -> None:
     attempt.add_argument("--signal-seconds", type=int, default=120)
     attempt.add_argument("--job-facts", default="", help="what `scontrol show job -o` says")
     attempt.set_defaults(run=_attempt)
+
+    status = verbs.add_parser("status", help="a table of runs: state, step, loss, speed, restarts, goodput")
+    status.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="of runs or sweeps (runs)")
+    status.add_argument("--json", action="store_true", help="a JSON list instead of the table")
+    status.set_defaults(run=_status)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -78,4 +83,13 @@ def _attempt(parsed: argparse.Namespace) -> int:
         return EXIT_DONE
     facts, lead = parsed.job_facts, parsed.signal_seconds
     print(end_attempt(parsed.run_dir, parsed.exit_code, parsed.signal, facts, lead, parsed.max_tries))
+    return EXIT_DONE
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.cluster.status import as_json, find_runs, jobs_in_queue, status_of, table
+
+    jobs = jobs_in_queue()
+    rows = [status_of(folder, jobs) for folder in find_runs(parsed.folders or [Path("runs")])]
+    print(as_json(rows) if parsed.json else "\n".join(table(rows)))
     return EXIT_DONE

@@ -16,7 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from chiar_megatron.checkpoint.files import write_durably
 from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, ChiarError
+from chiar_megatron.metrics.goodput import measure_goodput
 from chiar_megatron.metrics.jsonl import read_lines
 
 FILE = "attempts.jsonl"
@@ -78,6 +80,7 @@ def end_attempt(
     detail = ending.get("reason")
     record = {"event": "end", "reason": reason, "detail": detail, "step": step, "exit_code": exit_code}
     _append(run_dir, {**record, "unix_seconds": time.time()})
+    write_durably(run_dir / "goodput.json", json.dumps(measure_goodput(run_dir).record(), indent=1))
     again: Action = "requeue" if facts.get("Requeue", "1") == "1" else "resubmit"
     if reason in ("done", "scancel", "stop file", "bad input", "not finite", "exit_after_steps"):
         return Verdict("stop", reason)

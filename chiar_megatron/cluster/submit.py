@@ -21,6 +21,7 @@ from chiar_megatron.cluster.preflight import (
 from chiar_megatron.cluster.prepare import Unprepared, find_unprepared
 from chiar_megatron.cluster.script import prepare_script, pretrain_script
 from chiar_megatron.cluster.site import ClusterConfig, load_cluster
+from chiar_megatron.cluster.status import JOB_FILE
 from chiar_megatron.config.load import dump_config, load_config
 from chiar_megatron.config.problems import raise_problems
 from chiar_megatron.config.schema import RunConfig
@@ -100,6 +101,7 @@ def submit(submission: Submission) -> list[str]:
     except OSError as error:
         raise ChiarError(f"run_dir {run_dir} cannot be written: {error}; choose another") from None
     job = submit_script(script, options)
+    write_durably(run_dir / JOB_FILE, f"{job}\n")
     placement = submission.placement
     return [
         *lines,

@@ -148,7 +148,7 @@ class Trainer:
         self.bad_in_a_row = 0
         self.save_asked = False
         self.under_way: deque[PendingStep] = deque()
-        self.reporter = Reporter(config, world, folder.path, self.step, self.tokens_seen)
+        self.reporter = Reporter(config, world, folder.path, self.step, self.tokens_seen, signals.started)
         for problem in restored.problems:
             self._warn("checkpoint_problem", problem)
 
@@ -234,7 +234,7 @@ class Trainer:
             started = time.monotonic()
             self.progress.mark("validation", self.step)
             validation = self._validate(self.streams.validation)
-            self.reporter.pause(time.monotonic() - started)
+            self.reporter.pause(time.monotonic() - started, "evaluation")
         self.reporter.step(self.step, self.tokens_seen, result, validation)
 
     def _validate(self, streams: dict[str, TokenStream]) -> dict[str, float]:
@@ -266,7 +266,8 @@ class Trainer:
             self._settle(lambda: save(state, info, delete_old), required)
         self.schedule.saved()
         self.progress.mark("saved", self.step)
-        self.reporter.pause(time.monotonic() - started)
+        self.reporter.pause(time.monotonic() - started, "save")
+        self.reporter.times(self.step)
 
     def _info(self) -> CheckpointInfo:
         parallel = self.config.parallel
@@ -304,8 +305,10 @@ class Trainer:
             self.recorder.write(self.world.rank)
         done = self.step >= self.config.training.steps
         if done and self.streams.test and self.config.training.eval_steps > 0:
+            started = time.monotonic()
             self.progress.mark("test", self.step)
             self.reporter.test(self._validate(self.streams.test))
+            self.reporter.pause(time.monotonic() - started, "evaluation")
         code = EXIT_DONE if done else EXIT_RESUMABLE
         reason = "done" if done else (stop_reason or "exit_after_steps")
         self.end(reason, code)
@@ -314,7 +317,9 @@ class Trainer:
 
     def end(self, reason: str, code: int) -> None:
         """Leave the reason in the run folder."""
+        self.reporter.times(self.step)
         self.reporter.event("exit", step=self.step, reason=reason, exit_code=code)
         self.reporter.close()
         if self.world.is_main:
             self.folder.write_exit(reason, self.step, code)
+            self.folder.write_goodput()

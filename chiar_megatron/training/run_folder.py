@@ -18,6 +18,7 @@ from chiar_megatron.checkpoint.files import write_durably
 from chiar_megatron.config.load import dump_config
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.errors import ChiarError
+from chiar_megatron.metrics.goodput import measure_goodput
 from chiar_megatron.runtime.installed import code_version
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,14 @@ class RunFolder:
             write_durably(self.path / "exit.json", json.dumps(record))
         except OSError as error:
             _log.warning("exit reason not recorded: %s", error)
+
+    def write_goodput(self) -> None:
+        """Write `goodput.json`: where the time of all attempts so far went (see `metrics/goodput.py`)."""
+        record = measure_goodput(self.path).record()
+        try:
+            write_durably(self.path / "goodput.json", json.dumps(record, indent=1))
+        except OSError as error:
+            _log.warning("goodput not recorded: %s", error)
 
 
 def _environment(world_size: int) -> dict[str, Any]:

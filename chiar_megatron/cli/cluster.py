@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chiar_megatron.cli.common import count
-from chiar_megatron.errors import EXIT_DONE
+from chiar_megatron.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
     from chiar_megatron.cli.common import Verbs
+    from chiar_megatron.cluster.sweep import SweepSubmission
 
 
 def add_cluster_verbs(verbs: Verbs) -> None:
@@ -20,6 +21,8 @@ def add_cluster_verbs(verbs: Verbs) -> None:
     _add_recipe(submit)
     submit.add_argument("--cluster", type=Path, metavar="FILE", help="site settings (default ./cluster.yaml)")
     submit.add_argument("--nodes", type=count, metavar="N", help="default: as few as the layout needs")
+    submit.add_argument("--grid", type=Path, metavar="FILE", help="a job array, a run for each of its points")
+    submit.add_argument("--throttle", type=count, metavar="N", help="of an array: tasks that run at once")
     submit.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     submit.set_defaults(run=_submit)
 
@@ -52,6 +55,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _submit(parsed: argparse.Namespace) -> int:
     from chiar_megatron.cluster.submit import plan_submission, submit
 
+    if parsed.grid is not None:
+        return _submit_grid(parsed)
+    if parsed.throttle is not None:
+        raise ConfigError(f"--throttle {parsed.throttle}: only an array has tasks; give its --grid FILE too")
     submission = plan_submission(parsed.recipe, parsed.overrides, parsed.cluster, parsed.nodes)
     if parsed.dry_run:
         for problem in submission.problems:
@@ -61,6 +68,30 @@ def _submit(parsed: argparse.Namespace) -> int:
         print(submission.script(submission.recipe, submission.overrides), end="")
         return EXIT_DONE
     print("\n".join([*submission.estimates, *submit(submission)]))
+    return EXIT_DONE
+
+
+def _submit_grid(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.cluster.site import load_cluster
+    from chiar_megatron.cluster.sweep import grid_tasks, plan_arrays, submit_arrays
+    from chiar_megatron.config.load import load_config
+
+    tasks = grid_tasks(parsed.recipe, parsed.overrides, parsed.grid)
+    folder = Path(load_config(parsed.recipe, parsed.overrides).run_dir)
+    cluster = load_cluster(parsed.cluster)
+    submission = plan_arrays(folder, tasks, cluster, parsed.nodes, parsed.throttle)
+    if parsed.dry_run:
+        return show_arrays(submission)
+    print("\n".join(submit_arrays(submission)))
+    return EXIT_DONE
+
+
+def show_arrays(submission: SweepSubmission) -> int:
+    """A dry run: warnings on standard error, the scripts on standard output."""
+    for line in [*submission.notes, *(f"warning: {problem}" for problem in submission.problems)]:
+        print(line, file=sys.stderr)
+    for array in submission.arrays:
+        print(array.script(), end="")
     return EXIT_DONE
 
 

@@ -79,7 +79,7 @@ def status_of(folder: Path, jobs: Optional[Mapping[str, str]]) -> RunStatus:
     begins = [record for record in attempts if record.get("event") == "begin"]
     ends = [record for record in attempts if record.get("event") == "end"]
     job = str((begins[-1].get("job") if begins else None) or _text(folder / JOB_FILE))
-    state, reason = _state(folder, attempts, job, jobs)
+    state, reason = _state(folder, attempts, _in_queue(folder, job, jobs))
     events = [record for record, _ in read_lines(folder / "events.jsonl") if record]
     starts = sum(event.get("event") in ("start", "resume") for event in events)
     last = _last_record(folder / "metrics.jsonl")
@@ -111,7 +111,10 @@ def jobs_in_queue() -> Optional[dict[str, str]]:
     except (OSError, subprocess.SubprocessError):
         return None
     rows = [line.strip().split("|") for line in found.stdout.splitlines() if line.count("|") == 2]
-    return {name: state for job, array, state in rows for name in (job, array)}
+    found_states = {array: state for _, array, state in rows}
+    # A job array's tasks that have never run share its number.
+    alone = [row for row in rows if row[2] != "PENDING" or not row[1].startswith(f"{row[0]}_")]
+    return found_states | {job: state for job, _, state in alone}
 
 
 def table(rows: Sequence[RunStatus]) -> list[str]:
@@ -130,11 +133,15 @@ def as_json(rows: Sequence[RunStatus]) -> str:
     return json.dumps([asdict(row) for row in rows], indent=1)
 
 
-def _state(
-    folder: Path, attempts: Sequence[Mapping[str, Any]], job: str, jobs: Optional[Mapping[str, str]]
-) -> tuple[str, str]:
+def _in_queue(folder: Path, job: str, jobs: Optional[Mapping[str, str]]) -> Optional[str]:
+    """The state of a run's job in the queue; empty if it is not there, None if that is not known."""
+    if jobs is None or not job:
+        return None
+    return jobs.get(job) or jobs.get(_text(folder / JOB_FILE), "")
+
+
+def _state(folder: Path, attempts: Sequence[Mapping[str, Any]], in_queue: Optional[str]) -> tuple[str, str]:
     """What the queue says of a live job counts before the files; the files before a job that is gone."""
-    in_queue = None if jobs is None or not job else jobs.get(job, "")
     state, reason = run_state(folder)
     if in_queue in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
         return "queued", reason

@@ -93,8 +93,7 @@ def submit(submission: Submission) -> list[str]:
         lines, options = [], []
         if submission.unprepared:
             preparing = folder / "prepare.sbatch"
-            command = ["prepare", str(recipe)]
-            write_durably(preparing, prepare_script(run_dir, submission.name, command, submission.cluster))
+            write_durably(preparing, prepare_script(run_dir, submission.name, [recipe], submission.cluster))
             job = submit_script(preparing, ())
             lines.append(f"job {job} prepares the data on CPUs: {run_dir}/prepare-{job}.out")
             options = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]

@@ -48,10 +48,10 @@ def test_a_killed_and_resumed_runs_time_is_accounted_for(server: RunServer, tmp_
     assert json.loads((run_dir / "goodput.json").read_text()) == measured.record()
     assert set(measured.losses) == set(CAUSES) and min(measured.losses.values()) > -1e-6
     assert measured.useful + sum(measured.losses.values()) == pytest.approx(measured.allocated)
-    # Against the clock of whoever started it. Not in it: forks, ends of processes, and the last second of
-    # the killed one.
-    assert outside - 4.0 < measured.allocated <= outside
-    assert 1.0 <= measured.waiting < 5.0 and measured.attempts == 3
+    # Against the clock of whoever started it, which also sees what comes before a process counts and after.
+    assert 0.3 * outside < measured.allocated <= outside
+    whole = ended - began
+    assert 1.0 <= measured.waiting <= whole - measured.allocated and measured.attempts == 3
     assert min(measured.losses[cause] for cause in ("start", "restart", "save", "evaluation")) > 0.0
     assert measured.losses["lost_steps"] > 1.0 and measured.losses["end"] < 0.2
     assert 0.0 < measured.share < 1.0
@@ -71,7 +71,9 @@ def test_a_killed_and_resumed_runs_time_is_accounted_for(server: RunServer, tmp_
     inside = measure_goodput(run_dir)
     assert inside.useful == measured.useful and inside.attempts == 3
     grown = {cause: inside.losses[cause] - measured.losses[cause] for cause in CAUSES}
-    assert 1.0 <= grown["start"] < 3.0 and 0.5 <= grown["restart"] < 4.0 and 2.0 <= grown["end"] < 5.0
+    assert grown["start"] >= 1.0 and grown["restart"] >= 0.5 and grown["end"] >= 2.0
+    # The jobs' whole time, but for what the killed one did not live to tell.
+    assert inside.allocated == pytest.approx(outside + 1.0 + 0.5 + 2.0, abs=3.0)
     assert grown["lost_steps"] == grown["save"] == grown["evaluation"] == 0.0
     assert inside.useful + sum(inside.losses.values()) == pytest.approx(inside.allocated)
 

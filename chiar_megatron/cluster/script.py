@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chiar_megatron.cluster.preflight import Placement
+from chiar_megatron.cluster.placement import Placement
 from chiar_megatron.cluster.site import ClusterConfig
 from chiar_megatron.errors import LaunchError
 
@@ -21,7 +21,7 @@ def pretrain_script(
     """The training job. command: `pretrain recipe.yaml …`; paths relative to the working folder."""
     options = [
         f"--job-name={name}",
-        f"--nodes={placement.nodes}",
+        f"--nodes={_least(placement)}{placement.nodes}",
         f"--ntasks-per-node={placement.tasks_per_node}",
         *_gpus(cluster, placement.tasks_per_node),
         *_optional(cluster, cluster.partition),
@@ -39,11 +39,14 @@ def pretrain_script(
         step.append(f"--cpus-per-task={cluster.cpus_per_task}")  # not inherited since SLURM 22.05
     if cluster.launcher == "torchrun":
         step.append("--ntasks-per-node=1")
+    place = ["place", *command[1:], "--tasks", str(placement.tasks_per_node)]
     settings = [
         f"RUN_DIR={shlex.quote(str(run_dir))}",
         f"PYTHON={shlex.quote(_python(cluster))}",
         f"PRETRAIN=({shlex.join(command)})",
-        f"STEP=({shlex.join([*step, *_apptainer(cluster)])})",
+        f"PLACE=({shlex.join(place) if cluster.elastic else ''})",
+        f"STEP=({shlex.join(step)})",
+        f"INSIDE=({shlex.join(_apptainer(cluster))})",
         _runner(cluster, placement),
         f"HOST_STEP=({shlex.join(_host_step(cluster))})",
         f"SIGNAL_SECONDS={cluster.signal_seconds}",
@@ -72,6 +75,10 @@ def prepare_script(run_dir: Path, name: str, command: Sequence[str], cluster: Cl
         *_surroundings(cluster),
     ]
     return _fill("prepare.sbatch", options, settings)
+
+
+def _least(placement: Placement) -> str:
+    return "" if placement.fewest_nodes is None else f"{placement.fewest_nodes}-"
 
 
 def _gpus(cluster: ClusterConfig, count: int) -> list[str]:

@@ -10,14 +10,8 @@ from pathlib import Path
 
 from chiar_megatron import __version__
 from chiar_megatron.checkpoint.files import write_durably
-from chiar_megatron.cluster.preflight import (
-    Placement,
-    check_run,
-    estimates,
-    find_problems,
-    place,
-    submit_script,
-)
+from chiar_megatron.cluster.placement import Placement, place
+from chiar_megatron.cluster.preflight import check_run, estimates, find_problems, submit_script
 from chiar_megatron.cluster.prepare import Unprepared, find_unprepared
 from chiar_megatron.cluster.script import prepare_script, pretrain_script
 from chiar_megatron.cluster.site import ClusterConfig, load_cluster

@@ -45,7 +45,8 @@ class RunFolder:
     def write_exit(self, reason: str, step: int, exit_code: int) -> None:
         """Write why the run ended; an attempt killed before this leaves no `exit.json`, and
         one that a newer attempt has overtaken must not."""
-        record = {"reason": reason, "step": step, "exit_code": exit_code, "unix_seconds": time.time()}
+        record = {"attempt": self.claim.number, "reason": reason, "step": step, "exit_code": exit_code}
+        record["unix_seconds"] = time.time()
         try:
             self.claim.write(self.path / "exit.json", json.dumps(record))
         except FencedError:

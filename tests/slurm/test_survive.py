@@ -1,0 +1,126 @@
+"""A run whose tensor-parallel ranks lie on two nodes is disturbed in every way, and ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.tiny_run import Sections, losses, records, saved_state, write_data
+from tests.slurm.cluster_run import ClusterRun, end_job
+from tests.slurm.mini_cluster import MiniCluster
+
+STEPS = 120
+OPTIONS: Sections = {
+    "training": {"steps": STEPS},
+    "checkpoint": {"save_interval_steps": 3, "keep_last": 2},
+    "parallel": {"tensor_model_parallel_size": 2},
+    "logging": {"wandb_project": "mini", "wandb_mode": "offline"},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenised text, and the index cache that the first run's preparation job leaves."""
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def cluster_run(cluster: MiniCluster, folder: Path, data: Path, *parts: Sections) -> ClusterRun:
+    """A run of two nodes with two tasks each."""
+    cached: Sections = {"data": {"cache_dir": str(data / "cache"), "train": [f"{data}/text"], "eod_token": 0}}
+    return ClusterRun(cluster, folder, f"{data}/text", OPTIONS, cached, *parts)
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: MiniCluster, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRun]:
+    """A run that nothing happens to, ended."""
+    run = cluster_run(cluster, tmp_path_factory.mktemp("calm"), data)
+    try:
+        run.submit("--nodes", "2")
+        run.finish()
+        yield run
+    finally:
+        end_job(cluster, run.job)
+
+
+def disturb(run: ClusterRun, how: str, node: int) -> None:
+    """Do it to the running job, and wait until its next attempt has begun."""
+    cluster, begun = run.cluster, len(run.attempts("begin"))
+    run.wait_for_steps(4)
+    nodes = run.nodes()
+    if how == "crash":
+        cluster.crash(nodes[node])
+    elif how == "preempt":
+        end = cluster.sbatch("-p", "urgent", "-N4", "--exclusive", "--wrap=sleep 1", "--output=/dev/null")
+    elif how == "limit":
+        cluster.command("scontrol", "update", f"jobid={run.job}", "TimeLimit=1")
+    elif how == "requeue":
+        cluster.command("scontrol", "requeue", run.job)
+    else:
+        cluster.command("scancel", f"--signal={how}", run.job)
+    run.wait_until(lambda: len(run.attempts("begin")) > begun, f"started again after {how}")
+    if how == "crash":
+        cluster.bring_up(nodes[node])
+    elif how == "limit":
+        cluster.command("scontrol", "update", f"jobid={run.job}", "TimeLimit=10")
+    elif how == "preempt":
+        cluster.wait_for(end, "COMPLETED")
+
+
+def same_as(run: ClusterRun, calm: ClusterRun) -> None:
+    """Losses, gradient norms and the last checkpoint's bytes are equal; every step is there once."""
+    assert losses(run.run_dir) == losses(calm.run_dir)
+    assert losses(run.run_dir).keys() == set(range(1, STEPS + 1))
+    assert saved_state(run.run_dir, STEPS) == saved_state(calm.run_dir, STEPS)
+
+
+def test_every_disturbance_is_told_and_leaves_no_trace(
+    cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path
+) -> None:
+    run = cluster_run(cluster, tmp_path, data)
+    ways = [
+        ("crash", 1, "node failure"),
+        ("preempt", 0, "preemption"),
+        ("requeue", 0, "requeue"),
+        ("USR1", 0, "signal"),
+        ("limit", 0, "time limit"),
+    ]
+    try:
+        told = run.submit("--nodes", "2")
+        assert "prepares the data" in calm.told and "prepares the data" not in told
+        for how, node, _ in ways:
+            disturb(run, how, node)
+        run.finish()
+    finally:
+        end_job(cluster, run.job)
+    assert [record["reason"] for record in run.attempts()] == [*(reason for *_, reason in ways), "done"]
+    assert [record["attempt"] for record in run.attempts("begin")] == [1, 2, 3, 4, 5, 6]
+    same_as(run, calm)
+    # A node that is lost costs steps, but all others had time to save.
+    resumed: list[Any] = [r["step"] for r in records(run.run_dir, "events") if r["event"] == "resume"]
+    stopped = [record["step"] for record in run.attempts()][:-1]
+    assert resumed[1:] == stopped[1:] and resumed[0] <= stopped[0]
+    # Two nodes share each layer, and wandb's run is one.
+    assert "tensor-parallel" in told
+    assert len({path.name.rpartition("-")[2] for path in (run.run_dir / "wandb").glob("offline-run-*")}) == 1
+
+
+@pytest.mark.long
+def test_five_random_kills(cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path) -> None:
+    dice = random.Random(20261127)
+    run = cluster_run(cluster, tmp_path, data)
+    try:
+        run.submit("--nodes", "2")
+        for _ in range(5):
+            disturb(run, "crash", dice.randrange(2))
+        run.finish()
+    finally:
+        end_job(cluster, run.job)
+    same_as(run, calm)
+    reasons = [record["reason"] for record in run.attempts()]
+    assert set(reasons[:-1]) <= {"node failure", "lost with its node"} and reasons[-1] == "done"

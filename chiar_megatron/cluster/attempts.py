@@ -89,8 +89,9 @@ def end_attempt(
     """
     told = _exit_record(run_dir, number)
     facts = _parse(ending.job_facts)
-    reason = _reason(ending, told, facts)
     job, restart = _job(environ)
+    queued_again = int(facts.get("Restarts", "0")) > restart  # by SLURM itself
+    reason = _reason(ending, told, facts, queued_again)
     record = {"event": "end", "attempt": number, "job": job, "restart": restart, "reason": reason}
     step = told.get("step", last_step(run_dir))
     record |= {"detail": told.get("reason"), "step": step, "exit_code": ending.exit_code}
@@ -104,7 +105,7 @@ def end_attempt(
     problem = _fails_in_place(run_dir, max_tries)
     if problem is not None:
         return Verdict("stop", problem)
-    return Verdict("wait" if reason in ("preemption", "node failure or requeue") else again, reason)
+    return Verdict("wait" if queued_again else again, reason)
 
 
 def _superseded(run_dir: Path, job: Optional[str], restart: int, why: str) -> Verdict:
@@ -134,7 +135,7 @@ def last_step(run_dir: Path) -> int:
     return steps[-1] if steps else 0
 
 
-def _reason(ending: Ending, told: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+def _reason(ending: Ending, told: Mapping[str, Any], facts: Mapping[str, str], queued_again: bool) -> str:
     said = str(told.get("reason", ""))
     if ending.exit_code == EXIT_DONE or said == "done":
         return "done"
@@ -142,6 +143,10 @@ def _reason(ending: Ending, told: Mapping[str, Any], facts: Mapping[str, str]) -
         return said
     if said == "exit_after_minutes":
         return "time limit"
+    if queued_again:
+        if any(state.startswith(("down", "fail")) for state in ending.node_states.split(",")):
+            return "node failure"
+        return "preemption" if _is_preempted(facts) else "requeue"
     if ending.signal_name or said in ("SIGTERM", "SIGUSR1", "signal to another rank"):
         return _who_signalled(facts, ending.signal_seconds)
     if said.startswith("not finite"):
@@ -151,10 +156,8 @@ def _reason(ending: Ending, told: Mapping[str, Any], facts: Mapping[str, str]) -
 
 def _who_signalled(facts: Mapping[str, str], lead: int) -> str:
     state = facts.get("JobState", "")
-    if state == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "Unknown"):
+    if _is_preempted(facts):
         return "preemption"
-    if state in ("NODE_FAIL", "PENDING"):  # SLURM has queued it again: a node went, or `scontrol requeue`
-        return "node failure or requeue"
     try:
         start, end = (datetime.fromisoformat(facts[name]).timestamp() for name in ("StartTime", "EndTime"))
     except (KeyError, ValueError):
@@ -164,6 +167,10 @@ def _who_signalled(facts: Mapping[str, str], lead: int) -> str:
         at_limit = state == "TIMEOUT" or (limit is not None and end - start >= limit)
         return "time limit" if at_limit and state != "CANCELLED" else "scancel"
     return "time limit" if end - time.time() <= lead + LIMIT_MARGIN_SECONDS else "signal"
+
+
+def _is_preempted(facts: Mapping[str, str]) -> bool:
+    return facts.get("JobState") == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "Unknown")
 
 
 def _seconds(limit: str) -> Optional[float]:

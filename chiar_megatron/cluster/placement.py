@@ -66,6 +66,18 @@ def place_on(config: RunConfig, nodes: int, tasks_per_node: int) -> Placement:
     return best
 
 
+def spread_warnings(config: RunConfig, cluster: ClusterConfig, placement: Placement) -> list[str]:
+    """What is allowed, but slow."""
+    size, tasks = config.parallel.tensor_model_parallel_size, placement.tasks_per_node
+    round_robin = any("cyclic" in option for option in (*cluster.srun, *cluster.sbatch))
+    if placement.nodes == 1 or size == 1 or not (tasks % size or round_robin):
+        return []
+    return [
+        f"warning: tensor-parallel ranks ({size}) lie on several nodes of {tasks} task(s): every layer waits for "
+        "the network between them"
+    ]
+
+
 def _replicas(config: RunConfig, processes: int) -> int:
     """Replicas that so many processes make; 0 if they do not fill them, or do not divide the batch."""
     training = config.training

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chiar_megatron import __version__
 from chiar_megatron.checkpoint.files import write_durably
-from chiar_megatron.cluster.placement import Placement, place
+from chiar_megatron.cluster.placement import Placement, place, spread_warnings
 from chiar_megatron.cluster.preflight import check_run, estimates, find_problems, submit_script
 from chiar_megatron.cluster.prepare import Unprepared, find_unprepared
 from chiar_megatron.cluster.script import prepare_script, pretrain_script
@@ -63,7 +63,7 @@ def plan_submission(
     check_run(config, placement)
     unprepared = find_unprepared(config)
     problems = find_problems(config, cluster, unprepared)
-    estimated = estimates(config, placement)
+    estimated = spread_warnings(config, cluster, placement) + estimates(config, placement)
     return Submission(recipe, tuple(overrides), config, cluster, placement, unprepared, problems, estimated)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import yaml
 
-from tests.parallel.tiny_run import Sections, recipe, write_recipe
+from tests.parallel.tiny_run import Sections, losses, recipe, saved_state, write_recipe
 from tests.slurm.mini_cluster import REPOSITORY, MiniCluster
 
 LIMIT_SECONDS = 150.0  # for anything that is waited for
@@ -24,7 +24,18 @@ SITE: dict[str, Any] = {
     "signal_seconds": 20,
     # Ranks 0 and 1 lie on two nodes, and so do the two halves of every tensor-parallel layer.
     "srun": ["--distribution=cyclic"],
+    # All nodes are one host here: attempts that live at the same time need ports of their own.
+    "setup": ["export MASTER_PORT=$((30000 + (7 * SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 9000))"],
     "environment": {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
+}
+
+
+STEPS = 120
+OPTIONS: Sections = {
+    "training": {"steps": STEPS},
+    "checkpoint": {"save_interval_steps": 3, "keep_last": 2},
+    "parallel": {"tensor_model_parallel_size": 2},
+    "logging": {"wandb_project": "mini", "wandb_mode": "offline"},
 }
 
 
@@ -104,3 +115,16 @@ def end_job(cluster: MiniCluster, job: Optional[str]) -> None:
     if job:
         cluster.command("scancel", "--signal=KILL", "--full", job, check=False)
         cluster.command("scancel", job, check=False)
+
+
+def cluster_run(cluster: MiniCluster, folder: Path, data: Path, *parts: Sections) -> ClusterRun:
+    """A run of two nodes with two tasks each."""
+    cached: Sections = {"data": {"cache_dir": str(data / "cache"), "train": [f"{data}/text"], "eod_token": 0}}
+    return ClusterRun(cluster, folder, f"{data}/text", OPTIONS, cached, *parts)
+
+
+def same_as(run: ClusterRun, calm: ClusterRun) -> None:
+    """Losses, gradient norms and the last checkpoint's bytes are equal; every step is there once."""
+    assert losses(run.run_dir) == losses(calm.run_dir)
+    assert losses(run.run_dir).keys() == set(range(1, STEPS + 1))
+    assert saved_state(run.run_dir, STEPS) == saved_state(calm.run_dir, STEPS)

@@ -1,51 +1,16 @@
-"""A run whose tensor-parallel ranks lie on two nodes is disturbed in every way, and ends as an undisturbed one."""
+"""A run whose layers are shared by two nodes is disturbed in every way, and ends as an undisturbed one."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.parallel.tiny_run import Sections, losses, records, saved_state, write_data
-from tests.slurm.cluster_run import ClusterRun, end_job
+from tests.parallel.tiny_run import records
+from tests.slurm.cluster_run import ClusterRun, cluster_run, end_job, same_as
 from tests.slurm.mini_cluster import MiniCluster
-
-STEPS = 120
-OPTIONS: Sections = {
-    "training": {"steps": STEPS},
-    "checkpoint": {"save_interval_steps": 3, "keep_last": 2},
-    "parallel": {"tensor_model_parallel_size": 2},
-    "logging": {"wandb_project": "mini", "wandb_mode": "offline"},
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenised text, and the index cache that the first run's preparation job leaves."""
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
-
-
-def cluster_run(cluster: MiniCluster, folder: Path, data: Path, *parts: Sections) -> ClusterRun:
-    """A run of two nodes with two tasks each."""
-    cached: Sections = {"data": {"cache_dir": str(data / "cache"), "train": [f"{data}/text"], "eod_token": 0}}
-    return ClusterRun(cluster, folder, f"{data}/text", OPTIONS, cached, *parts)
-
-
-@pytest.fixture(scope="module")
-def calm(cluster: MiniCluster, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRun]:
-    """A run that nothing happens to, ended."""
-    run = cluster_run(cluster, tmp_path_factory.mktemp("calm"), data)
-    try:
-        run.submit("--nodes", "2")
-        run.finish()
-        yield run
-    finally:
-        end_job(cluster, run.job)
 
 
 def disturb(run: ClusterRun, how: str, node: int) -> None:
@@ -70,13 +35,6 @@ def disturb(run: ClusterRun, how: str, node: int) -> None:
         cluster.command("scontrol", "update", f"jobid={run.job}", "TimeLimit=10")
     elif how == "preempt":
         cluster.wait_for(end, "COMPLETED")
-
-
-def same_as(run: ClusterRun, calm: ClusterRun) -> None:
-    """Losses, gradient norms and the last checkpoint's bytes are equal; every step is there once."""
-    assert losses(run.run_dir) == losses(calm.run_dir)
-    assert losses(run.run_dir).keys() == set(range(1, STEPS + 1))
-    assert saved_state(run.run_dir, STEPS) == saved_state(calm.run_dir, STEPS)
 
 
 def test_every_disturbance_is_told_and_leaves_no_trace(

@@ -83,7 +83,8 @@ def _place(parsed: argparse.Namespace) -> int:
     from chiar_megatron.config.load import load_config
 
     placement = place_on(load_config(parsed.recipe, parsed.overrides), parsed.nodes, parsed.tasks)
-    print(f"--nodes={placement.nodes} --ntasks-per-node={placement.tasks_per_node}")
+    nodes, tasks = placement.nodes, placement.tasks_per_node
+    print(f"--nodes={nodes} --ntasks={nodes * tasks} --ntasks-per-node={tasks}")
     return EXIT_DONE
 
 

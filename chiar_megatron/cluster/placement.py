@@ -73,8 +73,8 @@ def spread_warnings(config: RunConfig, cluster: ClusterConfig, placement: Placem
     if placement.nodes == 1 or size == 1 or not (tasks % size or round_robin):
         return []
     return [
-        f"warning: tensor-parallel ranks ({size}) lie on several nodes of {tasks} task(s): every layer waits for "
-        "the network between them"
+        f"warning: tensor-parallel ranks ({size}) lie on several nodes of {tasks} task(s): every layer waits "
+        "for the network between them"
     ]
 
 

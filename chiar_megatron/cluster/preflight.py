@@ -97,6 +97,12 @@ def _account_problems(cluster: ClusterConfig) -> list[str]:
     return problems
 
 
+def find_jobs(name: str) -> list[str]:
+    """A job of this run that is in the queue: of two, the later start would end the other."""
+    lines = _ask("squeue", "-h", "--me", "-n", name, "-o", "%A %T") or []
+    return [f"run_dir: job {' is '.join(line.split())} for it; wait, or `scancel` it first" for line in lines]
+
+
 def _ask(*command: str) -> list[str] | None:
     """Lines that a SLURM command answers; None if it is not there or does not answer."""
     try:

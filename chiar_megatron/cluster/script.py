@@ -30,7 +30,7 @@ def pretrain_script(
         f"--signal=USR1@{cluster.signal_seconds}",
         "--requeue" if cluster.requeue else "--no-requeue",
         "--open-mode=append",
-        f"--output={run_dir}/slurm-%j.out",
+        _output(run_dir / "slurm-%j.out"),
         *cluster.sbatch,
     ]
     # Tasks are ended a while after the first of them, not at once: rank 0 may still be saving.
@@ -66,7 +66,7 @@ def prepare_script(run_dir: Path, name: str, command: Sequence[str], cluster: Cl
         f"--cpus-per-task={cluster.prepare_cpus}",
         *_optional(cluster, cluster.prepare_partition or cluster.partition),
         f"--time={cluster.prepare_time}",
-        f"--output={run_dir}/prepare-%j.out",
+        _output(run_dir / "prepare-%j.out"),
     ]
     settings = [
         f"PYTHON={shlex.quote(_python(cluster))}",
@@ -148,6 +148,11 @@ def _surroundings(cluster: ClusterConfig) -> list[str]:
     lines = [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
     return [*lines, *cluster.setup]
+
+
+def _output(path: Path) -> str:
+    """sbatch splits its lines at blanks, but for those in quotes."""
+    return f'--output="{path}"' if " " in str(path) else f"--output={path}"
 
 
 def _fill(template: str, options: Sequence[str], settings: Sequence[str]) -> str:

@@ -263,6 +263,7 @@ class Trainer:
             _log.warning("%s", text)
 
     def _finish(self, stop_reason: str | None) -> int:
+        on_main(self.folder.claim.check)
         self._save(required=True)
         if self.recorder is not None:
             self.recorder.write(self.world.rank)

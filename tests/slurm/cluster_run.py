@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
+import psutil
 import yaml
 
 from tests.parallel.tiny_run import Sections, losses, recipe, saved_state, write_recipe
-from tests.slurm.mini_cluster import REPOSITORY, MiniCluster
+from tests.slurm.mini_cluster import REPOSITORY, MiniCluster, processes_of
 
-LIMIT_SECONDS = 150.0  # for anything that is waited for
+LIMIT_SECONDS = 240.0  # for anything that is waited for
 SITE: dict[str, Any] = {
     "partition": "batch",
     "gpus_per_node": 2,
@@ -35,6 +37,7 @@ OPTIONS: Sections = {
     "training": {"steps": STEPS},
     "checkpoint": {"save_interval_steps": 3, "keep_last": 2},
     "parallel": {"tensor_model_parallel_size": 2},
+    "runtime": {"device": "cpu", "threads_per_process": 1, "collective_timeout_seconds": 240.0},
     "logging": {"wandb_project": "mini", "wandb_mode": "offline"},
 }
 
@@ -45,7 +48,7 @@ class ClusterRun:
     def __init__(self, cluster: MiniCluster, folder: Path, prefix: str, *parts: Sections) -> None:
         self.cluster = cluster
         self.folder = folder
-        self.run_dir = folder / "run"
+        self.run_dir = folder / "a run"
         folder.mkdir(parents=True, exist_ok=True)
         self.recipe = write_recipe(folder / "recipe.yaml", recipe(prefix, self.run_dir, *parts))
         self.job, self.told = "", ""
@@ -93,6 +96,15 @@ class ClusterRun:
         """Of the running job; the batch script's first."""
         node_list = self.cluster.wait_for(self.job, "RUNNING")["NodeList"]
         return self.cluster.command("scontrol", "show", "hostnames", node_list).split()
+
+    def ranks_on(self, node: str) -> list[psutil.Process]:
+        """Living ranks of a node."""
+        found = []
+        for process in processes_of(self.cluster.environment["SLURM_CONF"], node):
+            with suppress(psutil.Error):
+                if "pretrain" in process.cmdline() and process.name().startswith("python"):
+                    found.append(process)
+        return found
 
     def finish(self) -> dict[str, str]:
         """Wait until the job has come to its end."""

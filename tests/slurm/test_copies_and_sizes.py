@@ -9,19 +9,7 @@ import psutil
 
 from tests.parallel.tiny_run import losses, records
 from tests.slurm.cluster_run import STEPS, ClusterRun, cluster_run, end_job, same_as
-from tests.slurm.mini_cluster import MiniCluster, processes_of
-
-
-def ranks_on(cluster: MiniCluster, node: str) -> list[psutil.Process]:
-    """Living ranks of a node."""
-    found = []
-    for process in processes_of(cluster.environment["SLURM_CONF"], node):
-        try:
-            if "pretrain" in process.cmdline() and "SLURM_PROCID" in process.environ():
-                found.append(process)
-        except psutil.Error:
-            pass
-    return found
+from tests.slurm.mini_cluster import MiniCluster
 
 
 def test_a_partitioned_copy_gives_way_and_mixes_nothing(
@@ -36,7 +24,7 @@ def test_a_partitioned_copy_gives_way_and_mixes_nothing(
         cut_off = run.nodes()
         for node in cut_off:
             cluster.partition(node)
-        old = [rank for node in cut_off for rank in ranks_on(cluster, node)]
+        old = [rank for node in cut_off for rank in run.ranks_on(node)]
         assert len(old) == 4
         for node in cut_off:
             cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=partition")

@@ -1,4 +1,4 @@
-"""`chiar submit` and `status`, and what jobs call: `prepare` and `attempt`."""
+"""`chiar submit` and `status`, and what jobs call: `prepare`, `place` and `attempt`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,22 @@ def add_cluster_verbs(verbs: Verbs) -> None:
     prepare.add_argument("--workers", type=count, default=1, metavar="N")
     prepare.set_defaults(run=_prepare)
 
+    place = verbs.add_parser("place", help="for slurm/pretrain.sbatch: where ranks go on these nodes")
+    _add_recipe(place)
+    place.add_argument("--nodes", type=count, required=True, metavar="N")
+    place.add_argument("--tasks", type=count, required=True, metavar="N", help="of a node, at most")
+    place.set_defaults(run=_place)
+
     attempt = verbs.add_parser("attempt", help="for slurm/pretrain.sbatch: note how a job began or ended")
     attempt.add_argument("event", choices=("begin", "end"))
     attempt.add_argument("run_dir", type=Path)
+    attempt.add_argument("--number", type=count, metavar="N", help="that `begin` has printed")
     attempt.add_argument("--max-tries", type=count, default=3)
     attempt.add_argument("--exit-code", type=int, default=0, help="of the job step")
     attempt.add_argument("--signal", default="", help="that the batch script got")
     attempt.add_argument("--signal-seconds", type=int, default=120)
     attempt.add_argument("--job-facts", default="", help="what `scontrol show job -o` says")
+    attempt.add_argument("--node-states", default="", help="of the job's nodes, as `sinfo -o %%T` says")
     attempt.set_defaults(run=_attempt)
 
     status = verbs.add_parser("status", help="a table of runs: state, step, loss, speed, restarts, goodput")
@@ -106,14 +114,27 @@ def _prepare(parsed: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _place(parsed: argparse.Namespace) -> int:
+    from chiar_megatron.cluster.placement import place_on
+    from chiar_megatron.config.load import load_config
+
+    placement = place_on(load_config(parsed.recipe, parsed.overrides), parsed.nodes, parsed.tasks)
+    nodes, tasks = placement.nodes, placement.tasks_per_node
+    print(f"--nodes={nodes} --ntasks={nodes * tasks} --ntasks-per-node={tasks}")
+    return EXIT_DONE
+
+
 def _attempt(parsed: argparse.Namespace) -> int:
-    from chiar_megatron.cluster.attempts import begin_attempt, end_attempt
+    from chiar_megatron.cluster.attempts import Ending, begin_attempt, end_attempt
 
     if parsed.event == "begin":
-        begin_attempt(parsed.run_dir, parsed.max_tries)
+        print(begin_attempt(parsed.run_dir, parsed.max_tries))
         return EXIT_DONE
-    facts, lead = parsed.job_facts, parsed.signal_seconds
-    print(end_attempt(parsed.run_dir, parsed.exit_code, parsed.signal, facts, lead, parsed.max_tries))
+    if parsed.number is None:
+        raise ConfigError("--number is missing: give what `chiar attempt begin` has printed")
+    facts, states = parsed.job_facts, parsed.node_states
+    ending = Ending(parsed.exit_code, parsed.signal, facts, states, parsed.signal_seconds)
+    print(end_attempt(parsed.run_dir, parsed.number, ending, parsed.max_tries))
     return EXIT_DONE
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from chiar_megatron.cluster.preflight import Placement
+from chiar_megatron.cluster.placement import Placement
 from chiar_megatron.cluster.site import ClusterConfig
 from chiar_megatron.errors import LaunchError
 
@@ -43,7 +43,7 @@ def pretrain_script(
     for each of its run folders instead; run_dir, the sweep's folder, then takes the jobs' output."""
     options = [
         f"--job-name={name}",
-        f"--nodes={placement.nodes}",
+        f"--nodes={_least(placement)}{placement.nodes}",
         f"--ntasks-per-node={placement.tasks_per_node}",
         *_gpus(cluster, placement.tasks_per_node),
         *_optional(cluster, cluster.partition),
@@ -52,7 +52,7 @@ def pretrain_script(
         f"--signal=USR1@{cluster.signal_seconds}",
         "--requeue" if cluster.requeue else "--no-requeue",
         "--open-mode=append",
-        f"--output={run_dir}/slurm-{'%A_%a' if array else '%j'}.out",
+        _output(run_dir / f"slurm-{'%A_%a' if array else '%j'}.out"),
         *([array.option()] if array else []),
         *cluster.sbatch,
     ]
@@ -63,10 +63,13 @@ def pretrain_script(
     if cluster.launcher == "torchrun":
         step.append("--ntasks-per-node=1")
     script_name = name.removeprefix("chiar-") if array else "pretrain"
+    place = 'place "$RUN_DIR/submit/recipe.yaml"' if array else shlex.join(["place", *command[1:]])
     settings = [
         *(_of_task(array) if array else _of_run(run_dir, command)),
+        f"PLACE=({f'{place} --tasks {placement.tasks_per_node}' if cluster.elastic else ''})",
         f"PYTHON={shlex.quote(_python(cluster))}",
-        f"STEP=({shlex.join([*step, *_apptainer(cluster)])})",
+        f"STEP=({shlex.join(step)})",
+        f"INSIDE=({shlex.join(_apptainer(cluster))})",
         _runner(cluster, placement),
         f"HOST_STEP=({shlex.join(_host_step(cluster))})",
         f"SIGNAL_SECONDS={cluster.signal_seconds}",
@@ -105,7 +108,7 @@ def prepare_script(run_dir: Path, name: str, recipes: Sequence[Path], cluster: C
         f"--cpus-per-task={cluster.prepare_cpus}",
         *_optional(cluster, cluster.prepare_partition or cluster.partition),
         f"--time={cluster.prepare_time}",
-        f"--output={run_dir}/prepare-%j.out",
+        _output(run_dir / "prepare-%j.out"),
     ]
     settings = [
         f"PYTHON={shlex.quote(_python(cluster))}",
@@ -115,6 +118,10 @@ def prepare_script(run_dir: Path, name: str, recipes: Sequence[Path], cluster: C
         *_surroundings(cluster),
     ]
     return _fill("prepare.sbatch", options, settings)
+
+
+def _least(placement: Placement) -> str:
+    return "" if placement.fewest_nodes is None else f"{placement.fewest_nodes}-"
 
 
 def _gpus(cluster: ClusterConfig, count: int) -> list[str]:
@@ -184,6 +191,11 @@ def _surroundings(cluster: ClusterConfig) -> list[str]:
     lines = [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
     return [*lines, *cluster.setup]
+
+
+def _output(path: Path) -> str:
+    """sbatch splits its lines at blanks, but for those in quotes."""
+    return f'--output="{path}"' if " " in str(path) else f"--output={path}"
 
 
 def _fill(template: str, options: Sequence[str], settings: Sequence[str]) -> str:

@@ -13,7 +13,8 @@ from typing import Any, Optional
 import yaml
 
 from chiar_megatron.checkpoint.files import write_durably
-from chiar_megatron.cluster.preflight import Placement, check_run, find_problems, place, submit_script
+from chiar_megatron.cluster.placement import Placement, place
+from chiar_megatron.cluster.preflight import check_run, find_problems, submit_script
 from chiar_megatron.cluster.prepare import Unprepared, find_unprepared
 from chiar_megatron.cluster.script import Array, prepare_script, pretrain_script
 from chiar_megatron.cluster.site import ClusterConfig

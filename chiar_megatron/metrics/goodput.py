@@ -15,6 +15,7 @@ from typing import Any, Optional
 from chiar_megatron.metrics.jsonl import read_events, read_lines
 
 EVENT = "times"
+GOODPUT_FILE = "goodput.json"  # of the run folder
 CAUSES = ("start", "restart", "save", "evaluation", "lost_steps", "end")
 # Between `times` events, which a killed attempt may not have told of: a share of its age, within limits.
 _EVERY_SHARE, _EVERY_MIN_SECONDS, _EVERY_MAX_SECONDS = 0.005, 1.0, 60.0

@@ -27,7 +27,6 @@ from chiar_megatron.runtime.env import ProcessEnv
 from chiar_megatron.runtime.rendezvous import open_client
 
 EXIT_HUNG = 1
-FOLDER = "hangs"  # of the run folder
 _MAX_PERIOD_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0  # for the store
 _LAST_RESORT_SECONDS = 30.0  # the process ends then, even if the file system hangs too
@@ -114,14 +113,15 @@ class Watchdog:
     """
 
     def __init__(
-        self, env: ProcessEnv, seconds: float, start_seconds: float, run_dir: Path,
+        self, env: ProcessEnv, seconds: float, start_seconds: float, folder: Path,
         report: Callable[[str, int], None],
     ) -> None:  # fmt: skip
         """seconds: without progress that make a hang, 0 for never; start_seconds: more of them before the
-        first step is done, for compilation and loading."""
+        first step is done, for compilation and loading; folder: of this attempt, for what is known of a
+        hang."""
         self.progress = Progress()
         self._env, self._seconds, self._start_seconds = env, seconds, start_seconds
-        self._folder = run_dir / FOLDER / re.sub(r"[^\w.-]", "_", env.job)
+        self._folder = folder
         self._report = report
         self._period = min(max(seconds / 8, 0.25), _MAX_PERIOD_SECONDS)
         self._beats = 0
@@ -198,8 +198,6 @@ class Watchdog:
 
     def _dump(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        if self._env.rank == 0:
-            (self._folder / "verdict.txt").unlink(missing_ok=True)  # of an earlier hang of this name
         with (self._folder / f"rank_{self._env.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file)
         trace = _flight_recorder()

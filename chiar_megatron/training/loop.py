@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from chiar_megatron.checkpoint.agree import on_main
+from chiar_megatron.checkpoint.claim import join_claim
 from chiar_megatron.checkpoint.files import CheckpointInfo
 from chiar_megatron.checkpoint.store import CheckpointStore, Commit, make_info
 from chiar_megatron.config.load import resolve_config, to_dict
@@ -47,16 +48,19 @@ def pretrain(
     world: World,
     signals: StopSignals | None = None,
     open_streams: Callable[[RunConfig], Streams] | None = None,
+    attempt: int | None = None,
 ) -> int:
     """Train, or continue, the run of a recipe; returns the exit code (0 done, 75 stopped, resumable).
 
     signals: noted since the process began; None notes them from now on. open_streams: called on every rank
-    with the resolved config; None reads what `data` names. Raises ChiarError for whatever the user can mend.
+    with the resolved config; None reads what `data` names. attempt: that a job's script has begun for these
+    ranks; None begins one, to which older copies of the run give way. Raises ChiarError for whatever the user
+    can mend, FencedError if a newer attempt has begun.
     """
     signals = signals or StopSignals()
     config = resolve(config)
     check_config(config, world.size)
-    folder = RunFolder(config.run_dir)
+    folder = RunFolder(on_main(lambda: join_claim(Path(config.run_dir), attempt)))
     on_main(lambda: folder.write_start(world.size))
     with _watchdog(config, world, folder) as progress:
         return _attempt(config, world, folder, signals, open_streams, progress)
@@ -71,7 +75,8 @@ def _watchdog(config: RunConfig, world: World, folder: RunFolder) -> Watchdog:
     def report(verdict: str, step: int) -> None:
         folder.write_exit(f"hang: {verdict}", step, EXIT_HUNG)
 
-    return Watchdog(world.env, seconds, runtime.start_timeout_seconds, folder.path, report)
+    stacks = folder.path / "hangs" / f"{folder.claim.number:06d}"
+    return Watchdog(world.env, seconds, runtime.start_timeout_seconds, stacks, report)
 
 
 def _attempt(
@@ -140,15 +145,15 @@ class Trainer:
         replay = DecisionReplay(Path(runtime.replay_decisions)) if runtime.replay_decisions else None
         self.engine = MegatronEngine(config, world, self.recorder, replay)
         self.engine.on_batch = progress.beat
-        self.store = CheckpointStore(folder.checkpoints, config.checkpoint)
-        self.schedule = Schedule(config, world.is_main, signals)
+        self.store = CheckpointStore(folder.checkpoints, config.checkpoint, folder.claim)
+        self.schedule = Schedule(config, folder.claim, world.is_main, signals)
         restored = restore(config, self.engine, self.store)
         self.step, self.tokens_seen = restored.step, restored.tokens_seen
         self.saved_step = self.step if self.step > 0 else None
         self.bad_in_a_row = 0
         self.save_asked = False
         self.under_way: deque[PendingStep] = deque()
-        self.reporter = Reporter(config, world, folder.path, self.step, self.tokens_seen, signals.started)
+        self.reporter = Reporter(config, world, folder.claim, self.step, self.tokens_seen, signals.started)
         for problem in restored.problems:
             self._warn("checkpoint_problem", problem)
 
@@ -300,6 +305,7 @@ class Trainer:
             _log.warning("%s", text)
 
     def _finish(self, stop_reason: str | None) -> int:
+        on_main(self.folder.claim.check)
         self._save(required=True)
         if self.recorder is not None:
             self.recorder.write(self.world.rank)

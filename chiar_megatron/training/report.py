@@ -6,15 +6,16 @@ import logging
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from chiar_megatron.checkpoint.claim import Claim
 from chiar_megatron.config.load import to_dict
 from chiar_megatron.config.routing import computes_all
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
+from chiar_megatron.errors import FencedError
 from chiar_megatron.metrics import goodput
 from chiar_megatron.metrics.alarms import RoutingAlarms
 from chiar_megatron.metrics.jsonl import read_events, read_metrics
@@ -87,7 +88,7 @@ class Reporter:
     """Collects the figures of each step and writes them every `logging.log_interval_steps`."""
 
     def __init__(
-        self, config: RunConfig, world: World, run_dir: Path, step: int, tokens_seen: int, began: float
+        self, config: RunConfig, world: World, claim: Claim, step: int, tokens_seen: int, began: float
     ) -> None:
         """began: when this process did, by the monotonic clock."""
         self.config = config
@@ -102,13 +103,13 @@ class Reporter:
         self.alarms = RoutingAlarms([number for number, kind in enumerate(kinds, 1) if kind == "R"])
         self.traces: TraceWriter | None = None
         if world.is_main:
-            self.writers = open_writers(run_dir, config.logging, step, to_dict(config))
+            self.writers = open_writers(claim, config.logging, step, to_dict(config))
             self.restarts = self.writers.restarts
             self.times(step)
             if step > 0:
-                self.alarms.replay(read_metrics(run_dir), read_events(run_dir), step)
+                self.alarms.replay(read_metrics(claim.run_dir), read_events(claim.run_dir), step)
             if config.logging.routing_traces:
-                self.traces = TraceWriter(run_dir, config.logging.routing_traces, step)
+                self.traces = TraceWriter(claim, config.logging.routing_traces, step)
             for line in describe(config, world):
                 self.say(line)
             if step > 0:
@@ -192,6 +193,8 @@ class Reporter:
             return
         try:
             self.traces.write(step, result.sums.traces)
+        except FencedError:  # all ranks together learn of it soon
+            self.traces = None
         except OSError as error:
             _log.warning("routing traces cannot be written (%s); training goes on without them", error)
             self.traces = None

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_an_array_of_eight_with_two_failures_completes(
     injected = (
         'case "$SLURM_ARRAY_TASK_ID.$SLURM_RESTART_COUNT" in 2.|2.0|7.|7.0) '
         '(until [ "$(wc -l < "$RUN_DIR/metrics.jsonl")" -ge 8 ]; do sleep 0.1; done; '
-        'pkill -9 -f -- "pretrain $RUN_DIR/") 2>/dev/null & esac'
+        'pkill -9 -f "^/[^ ]*python.* pretrain $RUN_DIR/") 2>/dev/null & esac'
     )
     site = {**SITE, "gpus_per_node": 1, "setup": [*SITE["setup"], injected], "srun": []}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(site))
@@ -137,16 +138,19 @@ def test_an_array_of_eight_with_two_failures_completes(
     job = told.partition("job ")[2].partition(":")[0]
     most = 0
     try:
-        watched = ClusterRun(cluster, tmp_path / "watched", f"{data}/text")  # for its patience
+        watched = ClusterRun(cluster, tmp_path / "watched", f"{data}/text")  # for what it can show
         watched.run_dir, watched.job = sweep, job
 
         def is_over() -> bool:
             nonlocal most
-            listed = cluster.command("squeue", "-h", "-r", "-j", job, "-o", "%T", check=False).split()
+            listed = cluster.command("squeue", "-hr", "-t", "all", "-j", job, "-o", "%T", check=False).split()
             most = max(most, listed.count("RUNNING"))
-            return not set(listed) & {"RUNNING", "PENDING", "COMPLETING", "REQUEUED"}
+            return len(listed) == 8 and set(listed) <= {"COMPLETED", "FAILED", "CANCELLED"}
 
-        watched.wait_until(is_over, "over")
+        deadline = time.monotonic() + 450
+        while not is_over():
+            assert time.monotonic() < deadline, watched.output()
+            time.sleep(0.3)
     finally:
         end_job(cluster, job)
     rows = status(cluster, sweep)

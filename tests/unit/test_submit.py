@@ -54,7 +54,7 @@ def test_a_wrong_cluster_file_names_each_key(tmp_path: Path) -> None:
 
 
 def write_exit(run_dir: Path, reason: str, number: int = 1) -> None:
-    record = {"attempt": 1, "reason": reason, "step": 5, "exit_code": 75}
+    record = {"attempt": number, "reason": reason, "step": 5, "exit_code": 75}
     (run_dir / "exit.json").write_text(json.dumps(record))
 
 

@@ -32,6 +32,8 @@ EXTRAS_REQUIRE = {
     "deepspeed": ["deepspeed>=0.16,<0.20"],  # conversion needs it not: its tests write and load real files
     "wandb": ["wandb>=0.19,<1"],
     "tensorboard": ["tensorboard>=2.15,<3"],
+    # The first host, where `mpirun` spans several outside SLURM. Build it with that MPI (--no-binary mpi4py).
+    "mpi4py": ["mpi4py>=4,<5"],
     "dev": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",

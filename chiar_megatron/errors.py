@@ -31,5 +31,9 @@ class CheckpointError(ChiarError):
     """A checkpoint is missing, torn, or of another shape."""
 
 
+class FencedError(ChiarError):
+    """A newer attempt has taken this run over: this one must write nothing more."""
+
+
 class NonFiniteError(ChiarError):
     """Loss or gradient stayed NaN or infinite: the run must not be tried again unchanged."""

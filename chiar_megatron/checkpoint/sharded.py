@@ -20,15 +20,33 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 _FORMAT, _VERSION = "torch_dist", 1
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Any value keeps megatron-core's writer from starting its manager process.
 filesystem_async._results_queue = queue.SimpleQueue()
+
+
+class _Folders(FileSystem):
+    """torch's file system, but for making folders: that would bring back what a newer attempt took away."""
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        pass
+
+
+class _Writer(filesystem_async.FileSystemWriterAsync):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fs = _Folders()
+
+
+torch_strategy.FileSystemWriterAsync = _Writer
 
 
 class ShardedWrite:

@@ -1,8 +1,8 @@
 """Save and load on megatron-core's distributed checkpoint format, by all ranks together.
 
-A save goes into a hidden folder beside its final name; every rank writes and hashes its own files, rank 0
-adds the manifest, renames, and moves the `latest` pointer last. Killed anywhere, it leaves the checkpoints
-before it as they were.
+A save goes into the attempt's own folder (see `claim.py`); every rank writes and hashes its own files, rank 0
+adds the manifest, renames, and moves the `latest` pointer last. Killed anywhere, or overtaken by a newer
+attempt, it leaves the other checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
 from chiar_megatron.checkpoint.agree import first_failure, gather, on_main
+from chiar_megatron.checkpoint.claim import Claim, claim_run
 from chiar_megatron.checkpoint.files import (
     INFO,
     LATEST,
@@ -36,7 +37,6 @@ from chiar_megatron.checkpoint.files import (
     read_manifest,
     step_folder,
     step_folders,
-    sync_folder,
     write_durably,
 )
 from chiar_megatron.checkpoint.retention import steps_to_delete
@@ -73,18 +73,27 @@ class CheckpointStore:
     and `poll` or `finish` commits it.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, claim: Claim | None = None) -> None:
+        """claim: of the run folder that `folder` lies in; None makes one of `folder` itself, when needed."""
         self.folder = folder
         self.config = config
+        self._claim = claim
         self._pending: _Save | None = None
         self._validated = False
+
+    def claim(self) -> Claim:
+        """What lets this attempt write."""
+        if self._claim is None:
+            self._claim = on_main(lambda: claim_run(self.folder))
+        return self._claim
 
     def save(self, state: dict[str, Any], info: CheckpointInfo, delete_old: bool = True) -> Commit:
         """Write and commit a checkpoint.
 
         state: sharded state (see `MegatronEngine.sharded_state`); consumed. delete_old: let it replace
         older ones. Raises CheckpointError on every rank, the half-written folder removed and earlier
-        checkpoints untouched, if any rank cannot write (disk full, say).
+        checkpoints untouched, if any rank cannot write (disk full, say); FencedError if a newer attempt of
+        the run has begun.
         """
         return self._commit(self._plan(state, info, delete_old, copy=False))
 
@@ -116,22 +125,24 @@ class CheckpointStore:
 
     def _plan(self, state: dict[str, Any], info: CheckpointInfo, delete_old: bool, copy: bool) -> _Save:
         assert self._pending is None, "finish the save before"
-        temporary = self.folder / f".{step_folder(self.folder, info.step).name}.tmp"
+        temporary = self.claim().folder / step_folder(self.folder, info.step).name
         on_main(lambda: self._prepare(temporary))
         sharded = ShardedWrite(state, temporary, copy, validate=not self._validated)
         self._validated = True
         return _Save(sharded, info, temporary, delete_old)
 
     def _commit(self, save: _Save) -> Commit:
+        claim = self.claim()
         problem = first_failure(save.write())
         if problem is None:
             parts = gather((save.results, save.digests))
             try:
-                on_main(lambda: self._publish(save, parts))
+                on_main(lambda: self._publish(claim, save, parts))
             except CheckpointError as error:
                 problem = str(error)
         if problem is not None:
             on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+            on_main(claim.check)
             raise CheckpointError(
                 f"checkpoint of step {save.info.step} not written: {problem}; earlier ones are untouched"
             )
@@ -140,19 +151,14 @@ class CheckpointStore:
     def _prepare(self, temporary: Path) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
             temporary.mkdir()
         except OSError as error:
+            self.claim().check()
             raise CheckpointError(
                 f"checkpoint folder {self.folder} cannot be written: {error}{disk_remedy(error)}"
             ) from None
 
-    def _remove_leftovers(self) -> None:
-        """What saves and deletions that were killed have left."""
-        for leftover in self.folder.glob(".step_*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    def _publish(self, save: _Save, parts: list[tuple[list[Any], dict[str, Any]]]) -> None:
+    def _publish(self, claim: Claim, save: _Save, parts: list[tuple[list[Any], dict[str, Any]]]) -> None:
         temporary = save.temporary
         try:
             manifest = {name: digest for _, digests in parts for name, digest in digests.items()}
@@ -162,18 +168,16 @@ class CheckpointStore:
             manifest[INFO] = file_digest(temporary / INFO)
             write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
             final = step_folder(self.folder, save.info.step)
-            if final.exists():
-                _remove(final)
-            temporary.rename(final)
-            sync_folder(self.folder)
+            claim.discard(final)  # a damaged one
+            claim.publish(temporary.name, final)
         except OSError as error:
             raise CheckpointError(f"{error}{disk_remedy(error)}") from None
         # The checkpoint stands now, whatever happens to the rest.
         try:
-            write_durably(self.folder / LATEST, final.name + "\n")
+            claim.write(self.folder / LATEST, final.name + "\n")
             if save.delete_old:
                 for old in steps_to_delete(self.folder, self.config):
-                    _remove(step_folder(self.folder, old))
+                    claim.discard(step_folder(self.folder, old))
         except OSError as error:
             _log.warning("%s: %s", self.folder, error)
 
@@ -183,6 +187,7 @@ class CheckpointStore:
         A damaged one is set aside as `damaged_step_…` and the one before it taken, saying so.
         Raises CheckpointError if there is no whole one of step `wanted`.
         """
+        claim = self.claim()
         steps, problems = on_main(self._survey)
         if wanted is not None:
             if wanted not in steps:
@@ -198,7 +203,7 @@ class CheckpointStore:
                 return Found(folder, problems)
             if step == wanted:
                 raise CheckpointError(f"checkpoint.load_step {wanted}: {folder} is damaged: {damage}")
-            aside = on_main(partial(_set_aside, folder, "damaged"))
+            aside = on_main(partial(_set_aside, claim, folder, "damaged"))
             problems.append(f"{folder} is damaged ({damage}); kept as {aside.name}, the one before is taken")
         return Found(None, problems)
 
@@ -206,7 +211,11 @@ class CheckpointStore:
         """Steps of all checkpoint folders, oldest first, and what is wrong with the pointer."""
         if not self.folder.is_dir():
             return [], []
-        self._remove_leftovers()
+        if self.folder.stat().st_dev != self.claim().folder.stat().st_dev:
+            raise CheckpointError(
+                f"{self.folder} lies on another file system than its run folder, and a checkpoint gets its "
+                "place by a rename; put run_dir itself there"
+            )
         steps = sorted(step_folders(self.folder))
         pointer = self.folder / LATEST
         if steps and pointer.exists() and pointed_step(self.folder) not in steps:
@@ -216,7 +225,7 @@ class CheckpointStore:
     def _point_to(self, folder: Path) -> None:
         """A kill between the rename and the pointer leaves it one behind."""
         if f"step_{pointed_step(self.folder) or 0:08d}" != folder.name:
-            write_durably(self.folder / LATEST, folder.name + "\n")
+            self.claim().write(self.folder / LATEST, folder.name + "\n")
 
     def verify(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, in words; None if nothing. Ranks share the hashing."""
@@ -235,11 +244,13 @@ class CheckpointStore:
     def set_newer_aside(self, step: int, marker: str) -> None:
         """After going back to `step`: keep newer checkpoints under another name, and remember it."""
 
+        claim = self.claim()
+
         def rename() -> None:
             for newer in (s for s in step_folders(self.folder) if s > step):
-                _set_aside(step_folder(self.folder, newer), "aside")
+                _set_aside(claim, step_folder(self.folder, newer), "aside")
             self._point_to(step_folder(self.folder, step))
-            write_durably(self.folder / marker, "")
+            claim.write(self.folder / marker, "")
 
         on_main(rename)
 
@@ -328,15 +339,8 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-def _set_aside(folder: Path, prefix: str) -> Path:
-    target = folder.with_name(f"{prefix}_{folder.name}_{int(time.time())}")
-    folder.rename(target)
-    return target
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint: renamed first, so that a kill never leaves half of one under its name."""
-    doomed = folder.with_name(f".{folder.name}.old.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def _set_aside(claim: Claim, folder: Path, prefix: str) -> Path:
+    name = f"{prefix}_{folder.name}_{int(time.time())}"
+    claim.take(folder, name)
+    claim.publish(name, folder.with_name(name))
+    return folder.with_name(name)

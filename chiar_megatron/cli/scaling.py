@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chiar_megatron.errors import EXIT_DONE
+from chiar_megatron.cli.common import count
+from chiar_megatron.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
     from chiar_megatron.cli.common import Verbs
@@ -65,10 +66,17 @@ def _add_plan(steps: Verbs) -> None:
 
 
 def _add_submit(steps: Verbs) -> None:
-    submit = steps.add_parser("submit", help="run what a sweep has not finished, one after another")
+    submit = steps.add_parser("submit", help="run what a sweep has not finished, here or on SLURM")
     submit.add_argument("sweep", metavar="DIR", help="folder of `chiar scaling plan`")
     submit.add_argument("--held-out", action="store_true", help="the held-out runs instead of the others")
     submit.add_argument("--fit", metavar="FIT", help="print what this fit predicts before a run starts")
+    submit.add_argument(
+        "--slurm", action="store_true", help="as job arrays instead of one after another here"
+    )
+    submit.add_argument("--cluster", type=Path, metavar="FILE", help="site settings (default ./cluster.yaml)")
+    submit.add_argument("--nodes", type=count, metavar="N", help="of one run; default: as few as it needs")
+    submit.add_argument("--throttle", type=count, metavar="N", help="runs at once")
+    submit.add_argument("--dry-run", action="store_true", help="print the scripts and submit nothing")
     submit.set_defaults(run=_submit)
 
 
@@ -179,7 +187,19 @@ def _submit(parsed: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    return submit(sweep, Local(analysis), say, held_out=parsed.held_out)
+    if not parsed.slurm:
+        for name in ("cluster", "nodes", "throttle", "dry_run"):
+            if getattr(parsed, name):
+                raise ConfigError(f"--{name.replace('_', '-')} is for jobs; give --slurm too")
+        return submit(sweep, Local(analysis), say, held_out=parsed.held_out)
+    from chiar_megatron.cli.cluster import show_arrays
+    from chiar_megatron.cluster.site import load_cluster
+    from chiar_megatron.cluster.sweep import SlurmArrays
+
+    arrays = SlurmArrays(load_cluster(parsed.cluster), parsed.nodes, parsed.throttle, analysis)
+    if parsed.dry_run:
+        return show_arrays(arrays.plan(sweep, [run for run in sweep.runs if run.held_out == parsed.held_out]))
+    return submit(sweep, arrays, say, held_out=parsed.held_out)
 
 
 def _collect(parsed: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from chiar_megatron.cli.common import count
 from chiar_megatron.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -32,7 +33,16 @@ def add_text_verbs(verbs: Verbs) -> None:
     preprocess.add_argument("--input", nargs="+", required=True, metavar="FILE", help="as for the tokenizer")
     preprocess.add_argument("--tokenizer", required=True, metavar="MODEL")
     preprocess.add_argument("--output", required=True, metavar="PREFIX")
-    preprocess.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1), metavar="N")
+    preprocess.add_argument(
+        "--workers", type=count, metavar="N", help="processes of each rank (the cores of its share of a host)"
+    )
+    preprocess.add_argument(
+        "--silence-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="under mpirun, srun or torchrun: all fail when a rank does nothing for so long (%(default)g)",
+    )
     preprocess.add_argument("--json-key", default="text", metavar="KEY", help="text field of .jsonl lines")
     preprocess.add_argument(
         "--document-separator",
@@ -60,17 +70,22 @@ def _train_tokenizer(parsed: argparse.Namespace) -> int:
 
 
 def _preprocess(parsed: argparse.Namespace) -> int:
-    from chiar_megatron.data.preprocess import preprocess
+    from chiar_megatron.data.preprocess import Request
+    from chiar_megatron.data.spread import preprocess_over_ranks
+    from chiar_megatron.runtime.env import read_process_env
 
-    summary = preprocess(
+    env = read_process_env()
+    request = Request(
         parsed.input,
         parsed.tokenizer,
         parsed.output,
-        workers=parsed.workers,
+        workers=parsed.workers or max(1, (os.cpu_count() or 1) // env.local_world_size),
         json_key=parsed.json_key,
         append_eod=not parsed.no_append_eod,
         document_separator=parsed.document_separator,
         dtype=parsed.dtype,
     )
-    print(f"{parsed.output}.bin: {summary.documents:,} documents, {summary.tokens:,} tokens")
+    summary = preprocess_over_ranks(request, env, parsed.silence_seconds)
+    if summary is not None:
+        print(f"{parsed.output}.bin: {summary.documents:,} documents, {summary.tokens:,} tokens")
     return EXIT_DONE

@@ -19,6 +19,7 @@ def add_training_verbs(verbs: Verbs) -> None:
     pretrain.add_argument("recipe", help="YAML recipe")
     pretrain.add_argument("overrides", nargs="*", metavar="key.sub=value", help="fields to overrule")
     pretrain.add_argument("--init-from", metavar="CHECKPOINT", help="start from these weights (only)")
+    pretrain.add_argument("--attempt", type=count, metavar="N", help="begun by slurm/pretrain.sbatch")
     pretrain.set_defaults(run=_pretrain)
 
     verify = verbs.add_parser("verify-resume", help="show that a resumed run equals an uninterrupted one")
@@ -52,7 +53,7 @@ def _pretrain(parsed: argparse.Namespace) -> int:
 
     world = initialize(config.parallel, config.runtime, env)
     try:
-        return pretrain(config, world, signals)
+        return pretrain(config, world, signals, attempt=parsed.attempt)
     finally:
         shutdown()
 

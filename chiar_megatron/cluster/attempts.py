@@ -1,7 +1,8 @@
 """The attempts of a run under SLURM: how each ended, and what comes after it.
 
-`RUN/attempts.jsonl` has a line when an attempt begins and one when it ends. One that began and never ended
-was lost with its node.
+`RUN/attempts.jsonl` has a line when an attempt begins and one when it ends, each with the attempt's number
+(see `checkpoint/claim.py`), job and restart. One that began and never ended was lost with its node. Only the
+newest attempt can write there: what becomes of an older copy, cut off by a partition, counts no more.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, ChiarError
+from chiar_megatron.checkpoint.claim import Claim, claim_run
+from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, ChiarError, FencedError
+from chiar_megatron.metrics.goodput import GOODPUT_FILE, measure_goodput
 from chiar_megatron.metrics.jsonl import read_lines
 
 FILE = "attempts.jsonl"
 LOST = "lost with its node"
-FAILURES = ("failure", LOST)
+HANG = "hang"
+FAILURES = ("failure", HANG, LOST)
+HANG_TRIES = 2  # a hang at the same step is tried again once
 LIMIT_MARGIN_SECONDS = 90.0  # SLURM sends the signal up to a minute early, and the save took its time
 
 Action = Literal["stop", "requeue", "resubmit", "wait"]
@@ -38,51 +43,83 @@ class Verdict:
         return f"{self.action}: {self.reason}"
 
 
-def begin_attempt(run_dir: Path, max_tries: int, environ: Mapping[str, str] = os.environ) -> None:
-    """Note that an attempt begins; one before it that never ended is noted as lost.
+def begin_attempt(run_dir: Path, max_tries: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Claim the run folder, and note that an attempt begins; one before it that never ended is noted as lost.
 
-    Raises ChiarError if the run failed too often in one place, or its folder cannot be written.
+    Returns its number, for `pretrain` and `end_attempt`. Raises ChiarError if the run failed too often in one
+    place, or its folder cannot be written.
     """
+    claim = claim_run(run_dir)
     earlier = _read(run_dir)
     if earlier and earlier[-1]["event"] == "begin":
-        lost = {"event": "end", "reason": LOST, "step": last_step(run_dir), "exit_code": None}
-        _append(run_dir, {**lost, "unix_seconds": time.time()})
+        begun = {key: earlier[-1].get(key) for key in ("attempt", "job", "restart")}
+        lost = {"event": "end", **begun, "reason": LOST, "step": last_step(run_dir), "exit_code": None}
+        _append(claim, lost)
     problem = _fails_in_place(run_dir, max_tries)
     if problem is not None:
         raise ChiarError(problem)
-    job, restart = environ.get("SLURM_JOB_ID"), int(environ.get("SLURM_RESTART_COUNT") or 0)
-    _append(run_dir, {"event": "begin", "job": job, "restart": restart, "unix_seconds": time.time()})
+    job, restart = _job(environ)
+    _append(claim, {"event": "begin", "attempt": claim.number, "job": job, "restart": restart})
+    return claim.number
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the batch script knows when its step has ended."""
+
+    exit_code: int
+    """Of the job step."""
+
+    signal_name: str = ""
+    """That the batch script got; empty for none."""
+
+    job_facts: str = ""
+    """The line of `scontrol show job -o`; empty if it did not answer."""
+
+    node_states: str = ""
+    """Of the job's nodes, by `sinfo -o %T`; empty if it did not answer."""
+
+    signal_seconds: int = 120
+    """Before the time limit, when the run is told to save."""
 
 
 def end_attempt(
-    run_dir: Path, exit_code: int, signal_name: str, job_facts: str, signal_seconds: int, max_tries: int
+    run_dir: Path, number: int, ending: Ending, max_tries: int, environ: Mapping[str, str] = os.environ
 ) -> Verdict:
     """Note how an attempt ended, and say what comes next.
 
-    Args:
-        run_dir: the run folder.
-        exit_code: of the job step.
-        signal_name: that the batch script got; empty for none.
-        job_facts: the line of `scontrol show job -o`; empty if it did not answer.
-        signal_seconds: before the time limit, when the run is told to save.
-        max_tries: failures without a new step before the run stops.
+    number: of the attempt. max_tries: failures without a new step before the run stops.
     """
-    records = _read(run_dir)
-    began = records[-1]["unix_seconds"] if records and records[-1]["event"] == "begin" else 0.0
-    ending = _ending(run_dir, began)
-    facts = _parse(job_facts)
-    reason = _reason(exit_code, signal_name, ending, facts, signal_seconds)
-    step = ending.get("step", last_step(run_dir))
-    detail = ending.get("reason")
-    record = {"event": "end", "reason": reason, "detail": detail, "step": step, "exit_code": exit_code}
-    _append(run_dir, {**record, "unix_seconds": time.time()})
+    told = _exit_record(run_dir, number)
+    facts = _parse(ending.job_facts)
+    job, restart = _job(environ)
+    queued_again = int(facts.get("Restarts", "0")) > restart  # by SLURM itself
+    reason = _reason(ending, told, facts, queued_again)
+    record = {"event": "end", "attempt": number, "job": job, "restart": restart, "reason": reason}
+    step = told.get("step", last_step(run_dir))
+    record |= {"detail": told.get("reason"), "step": step, "exit_code": ending.exit_code}
+    claim = Claim(run_dir, number)
+    try:
+        _append(claim, record)
+        claim.write(run_dir / GOODPUT_FILE, json.dumps(measure_goodput(run_dir).record(), indent=1))
+    except FencedError as error:
+        return _superseded(run_dir, job, restart, str(error))
     again: Action = "requeue" if facts.get("Requeue", "1") == "1" else "resubmit"
     if reason in ("done", "scancel", "stop file", "bad input", "not finite", "exit_after_steps"):
         return Verdict("stop", reason)
-    problem = _fails_in_place(run_dir, max_tries)
+    problem = _fails_in_place(run_dir, min(max_tries, HANG_TRIES) if reason == HANG else max_tries)
     if problem is not None:
         return Verdict("stop", problem)
-    return Verdict("wait" if reason in ("preemption", "node failure or requeue") else again, reason)
+    return Verdict("wait" if queued_again else again, reason)
+
+
+def _superseded(run_dir: Path, job: Optional[str], restart: int, why: str) -> Verdict:
+    """A copy that gave way is at its end, unless the other is an older start of this very job: that one was
+    cut off from SLURM, and will be ended by it."""
+    begins = [record for record in _read(run_dir) if record["event"] == "begin"]
+    if begins and job is not None and begins[-1]["job"] == job and begins[-1]["restart"] < restart:
+        return Verdict("requeue", why)
+    return Verdict("stop", why)
 
 
 def _fails_in_place(run_dir: Path, max_tries: int) -> Optional[str]:
@@ -103,29 +140,31 @@ def last_step(run_dir: Path) -> int:
     return steps[-1] if steps else 0
 
 
-def _reason(
-    exit_code: int, signal_name: str, ending: Mapping[str, Any], facts: Mapping[str, str], lead: int
-) -> str:
-    said = str(ending.get("reason", ""))
-    if exit_code == EXIT_DONE or said == "done":
+def _reason(ending: Ending, told: Mapping[str, Any], facts: Mapping[str, str], queued_again: bool) -> str:
+    said = str(told.get("reason", ""))
+    if ending.exit_code == EXIT_DONE or said == "done":
         return "done"
     if said in ("stop file", "exit_after_steps"):
         return said
     if said == "exit_after_minutes":
         return "time limit"
-    if signal_name or said in ("SIGTERM", "SIGUSR1", "signal to another rank"):
-        return _who_signalled(facts, lead)
+    if queued_again:
+        if any(state.startswith(("down", "fail")) for state in ending.node_states.split(",")):
+            return "node failure"
+        return "preemption" if _is_preempted(facts) else "requeue"
+    if ending.signal_name or said in ("SIGTERM", "SIGUSR1", "signal to another rank"):
+        return _who_signalled(facts, ending.signal_seconds)
     if said.startswith("not finite"):
         return "not finite"
-    return "bad input" if exit_code == EXIT_BAD_INPUT else "failure"
+    if said.startswith("hang:"):
+        return HANG
+    return "bad input" if ending.exit_code == EXIT_BAD_INPUT else "failure"
 
 
 def _who_signalled(facts: Mapping[str, str], lead: int) -> str:
     state = facts.get("JobState", "")
-    if state == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "Unknown"):
+    if _is_preempted(facts):
         return "preemption"
-    if state in ("NODE_FAIL", "PENDING"):  # SLURM has queued it again: a node went, or `scontrol requeue`
-        return "node failure or requeue"
     try:
         start, end = (datetime.fromisoformat(facts[name]).timestamp() for name in ("StartTime", "EndTime"))
     except (KeyError, ValueError):
@@ -135,6 +174,10 @@ def _who_signalled(facts: Mapping[str, str], lead: int) -> str:
         at_limit = state == "TIMEOUT" or (limit is not None and end - start >= limit)
         return "time limit" if at_limit and state != "CANCELLED" else "scancel"
     return "time limit" if end - time.time() <= lead + LIMIT_MARGIN_SECONDS else "signal"
+
+
+def _is_preempted(facts: Mapping[str, str]) -> bool:
+    return facts.get("JobState") == "PREEMPTED" or facts.get("PreemptTime", "None") not in ("None", "Unknown")
 
 
 def _seconds(limit: str) -> Optional[float]:
@@ -150,11 +193,11 @@ def _parse(job_facts: str) -> dict[str, str]:
     return dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", job_facts))
 
 
-def _ending(run_dir: Path, began: float) -> dict[str, Any]:
+def _exit_record(run_dir: Path, number: int) -> dict[str, Any]:
     """`exit.json`, if this attempt has written it."""
     try:
         record = json.loads((run_dir / "exit.json").read_text())
-        return dict(record) if record["unix_seconds"] >= began else {}
+        return dict(record) if record["attempt"] == number else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -163,12 +206,15 @@ def _read(run_dir: Path) -> list[dict[str, Any]]:
     return [r for r, _ in read_lines(run_dir / FILE) if r and r.get("event") in ("begin", "end")]
 
 
-def _append(run_dir: Path, record: Mapping[str, Any]) -> None:
+def _job(environ: Mapping[str, str]) -> tuple[Optional[str], int]:
+    return environ.get("SLURM_JOB_ID"), int(environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _append(claim: Claim, record: Mapping[str, Any]) -> None:
+    """Add a line. Raises FencedError if a newer attempt has begun, ChiarError."""
+    path = claim.run_dir / FILE
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        claim.write(path, "".join([*lines, json.dumps({**record, "unix_seconds": time.time()}) + "\n"]))
     except OSError as error:
-        raise ChiarError(f"{run_dir / FILE} cannot be written: {error.strerror}; check the folder") from None
+        raise ChiarError(f"{path} cannot be written: {error.strerror}; check the folder") from None

@@ -6,9 +6,10 @@ import getpass
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from chiar_megatron.cluster.placement import Placement
 from chiar_megatron.cluster.prepare import Unprepared
 from chiar_megatron.cluster.site import ClusterConfig
 from chiar_megatron.config.fields import nearest_name
@@ -20,47 +21,6 @@ from chiar_megatron.planning.speed import Cluster
 from chiar_megatron.training.loop import resolve
 
 ASK_SECONDS = 20  # for sinfo and sacctmgr
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the ranks go."""
-
-    nodes: int
-    tasks_per_node: int
-
-
-def place(config: RunConfig, cluster: ClusterConfig, nodes: int | None) -> Placement:
-    """Nodes and tasks a node of a recipe; where `data_parallel_size` is null, as many replicas as fill the
-    nodes and divide the batch.
-
-    Raises ConfigError where the layout does not fit, or does not divide evenly.
-    """
-    parallel, training = config.parallel, config.training
-    replica = parallel.processes_per_replica
-    most = cluster.gpus_per_node
-    if parallel.data_parallel_size is not None:
-        world = replica * parallel.data_parallel_size
-        for count in [nodes] if nodes is not None else range(-(-world // most), world + 1):
-            if world % count == 0 and world // count <= most:
-                return Placement(count, world // count)
-        raise ConfigError(
-            f"--nodes {nodes}: {world} processes (the recipe's layout) do not spread evenly, at "
-            f"most {most} each (gpus_per_node); change --nodes or parallel.data_parallel_size"
-        )
-    count = nodes if nodes is not None else max(1, -(-replica // most))
-    for tasks in range(most, 0, -1):
-        replicas, rest = divmod(count * tasks, replica)
-        if (
-            rest == 0
-            and replicas
-            and training.global_batch_size % (training.micro_batch_size * replicas) == 0
-        ):
-            return Placement(count, tasks)
-    raise ConfigError(
-        f"--nodes {count}: no number of tasks up to {most} a node (gpus_per_node) holds whole replicas of "
-        f"{replica} processes that divide training.global_batch_size {training.global_batch_size}; change one"
-    )
 
 
 def check_run(config: RunConfig, placement: Placement) -> None:
@@ -135,6 +95,12 @@ def _account_problems(cluster: ClusterConfig) -> list[str]:
         near = nearest_name(cluster.qos, services) or f"; yours: {', '.join(services[:8])}"
         problems.append(f"qos: {cluster.qos} is not one of {user}'s in sacctmgr{near}")
     return problems
+
+
+def find_jobs(name: str) -> list[str]:
+    """A job of this run that is in the queue: of two, the later start would end the other."""
+    lines = _ask("squeue", "-h", "--me", "-n", name, "-o", "%A %T") or []
+    return [f"run_dir: job {' is '.join(line.split())} for it; wait, or `scancel` it first" for line in lines]
 
 
 def _ask(*command: str) -> list[str] | None:

@@ -6,22 +6,44 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
-from chiar_megatron.cluster.preflight import Placement
+from chiar_megatron.cluster.placement import Placement
 from chiar_megatron.cluster.site import ClusterConfig
 from chiar_megatron.errors import LaunchError
 
 _FOLDERS = (Path(__file__).resolve().parents[2] / "slurm", Path(sys.prefix) / "share/chiar_megatron/slurm")
 
 
+@dataclass(frozen=True)
+class Array:
+    """The run folders of a job array's tasks, each with its recipe in `submit/recipe.yaml`."""
+
+    run_dirs: tuple[Path, ...]
+    throttle: Optional[int]
+    """Tasks that run at once; None: as many as SLURM lets."""
+
+    def option(self) -> str:
+        """Of sbatch."""
+        at_once = "" if self.throttle is None else f"%{self.throttle}"
+        return f"--array=0-{len(self.run_dirs) - 1}{at_once}"
+
+
 def pretrain_script(
-    run_dir: Path, name: str, command: Sequence[str], cluster: ClusterConfig, placement: Placement
+    run_dir: Path,
+    name: str,
+    command: Sequence[str],
+    cluster: ClusterConfig,
+    placement: Placement,
+    array: Optional[Array] = None,
 ) -> str:
-    """The training job. command: `pretrain recipe.yaml …`; paths relative to the working folder."""
+    """The training job. command: `pretrain recipe.yaml …`; paths relative to the working folder. array: a job
+    for each of its run folders instead; run_dir, the sweep's folder, then takes the jobs' output."""
     options = [
         f"--job-name={name}",
-        f"--nodes={placement.nodes}",
+        f"--nodes={_least(placement)}{placement.nodes}",
         f"--ntasks-per-node={placement.tasks_per_node}",
         *_gpus(cluster, placement.tasks_per_node),
         *_optional(cluster, cluster.partition),
@@ -30,7 +52,8 @@ def pretrain_script(
         f"--signal=USR1@{cluster.signal_seconds}",
         "--requeue" if cluster.requeue else "--no-requeue",
         "--open-mode=append",
-        f"--output={run_dir}/slurm-%j.out",
+        _output(run_dir / f"slurm-{'%A_%a' if array else '%j'}.out"),
+        *([array.option()] if array else []),
         *cluster.sbatch,
     ]
     # Tasks are ended a while after the first of them, not at once: rank 0 may still be saving.
@@ -39,22 +62,44 @@ def pretrain_script(
         step.append(f"--cpus-per-task={cluster.cpus_per_task}")  # not inherited since SLURM 22.05
     if cluster.launcher == "torchrun":
         step.append("--ntasks-per-node=1")
+    script_name = name.removeprefix("chiar-") if array else "pretrain"
+    place = 'place "$RUN_DIR/submit/recipe.yaml"' if array else shlex.join(["place", *command[1:]])
     settings = [
-        f"RUN_DIR={shlex.quote(str(run_dir))}",
+        *(_of_task(array) if array else _of_run(run_dir, command)),
+        f"PLACE=({f'{place} --tasks {placement.tasks_per_node}' if cluster.elastic else ''})",
         f"PYTHON={shlex.quote(_python(cluster))}",
-        f"PRETRAIN=({shlex.join(command)})",
-        f"STEP=({shlex.join([*step, *_apptainer(cluster)])})",
+        f"STEP=({shlex.join(step)})",
+        f"INSIDE=({shlex.join(_apptainer(cluster))})",
         _runner(cluster, placement),
         f"HOST_STEP=({shlex.join(_host_step(cluster))})",
         f"SIGNAL_SECONDS={cluster.signal_seconds}",
         f"MAX_TRIES={cluster.max_tries}",
-        f"SCRIPT={shlex.quote(str(run_dir / 'submit' / 'pretrain.sbatch'))}",
+        f"SCRIPT={shlex.quote(str(run_dir / 'submit' / f'{script_name}.sbatch'))}",
         *_surroundings(cluster),
     ]
     return _fill("pretrain.sbatch", options, settings)
 
 
-def prepare_script(run_dir: Path, name: str, command: Sequence[str], cluster: ClusterConfig) -> str:
+def _of_run(run_dir: Path, command: Sequence[str]) -> list[str]:
+    return [
+        f"RUN_DIR={shlex.quote(str(run_dir))}",
+        f"PRETRAIN=({shlex.join(command)})",
+        "AGAIN=(--dependency=singleton)",
+    ]
+
+
+def _of_task(array: Array) -> list[str]:
+    """A task finds its run folder by its number; where it may not requeue, a successor waits for it alone."""
+    own = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    return [
+        f"RUN_DIRS=({shlex.join(map(str, array.run_dirs))})",
+        "RUN_DIR=${RUN_DIRS[SLURM_ARRAY_TASK_ID]}",
+        'PRETRAIN=(pretrain "$RUN_DIR/submit/recipe.yaml")',
+        f'AGAIN=(--array="$SLURM_ARRAY_TASK_ID" --dependency="afterany:{own}")',
+    ]
+
+
+def prepare_script(run_dir: Path, name: str, recipes: Sequence[Path], cluster: ClusterConfig) -> str:
     """The CPU job before it."""
     options = [
         f"--job-name={name}-prepare",
@@ -63,15 +108,20 @@ def prepare_script(run_dir: Path, name: str, command: Sequence[str], cluster: Cl
         f"--cpus-per-task={cluster.prepare_cpus}",
         *_optional(cluster, cluster.prepare_partition or cluster.partition),
         f"--time={cluster.prepare_time}",
-        f"--output={run_dir}/prepare-%j.out",
+        _output(run_dir / "prepare-%j.out"),
     ]
     settings = [
         f"PYTHON={shlex.quote(_python(cluster))}",
-        f"PREPARE=({shlex.join([*command, '--workers', str(cluster.prepare_cpus)])})",
+        f"RECIPES=({shlex.join(map(str, recipes))})",
+        f"WORKERS={cluster.prepare_cpus}",
         f"HOST_STEP=({shlex.join(_host_step(cluster))})",
         *_surroundings(cluster),
     ]
     return _fill("prepare.sbatch", options, settings)
+
+
+def _least(placement: Placement) -> str:
+    return "" if placement.fewest_nodes is None else f"{placement.fewest_nodes}-"
 
 
 def _gpus(cluster: ClusterConfig, count: int) -> list[str]:
@@ -141,6 +191,11 @@ def _surroundings(cluster: ClusterConfig) -> list[str]:
     lines = [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
     return [*lines, *cluster.setup]
+
+
+def _output(path: Path) -> str:
+    """sbatch splits its lines at blanks, but for those in quotes."""
+    return f'--output="{path}"' if " " in str(path) else f"--output={path}"
 
 
 def _fill(template: str, options: Sequence[str], settings: Sequence[str]) -> str:

@@ -51,6 +51,10 @@ class ClusterConfig:
     requeue: bool = True
     """Whether jobs may be requeued; false: a successor is submitted with `--dependency=singleton`."""
 
+    elastic: bool = False
+    """Whether an attempt may run on fewer nodes than asked for (`--nodes=MIN-MAX`): after the loss of one
+    with no spare, on what is left, with as many replicas as still divide the batch."""
+
     max_tries: int = 3
     """Failures in a row without a new step before the run stops."""
 
@@ -140,6 +144,8 @@ def _from_mapping(content: Mapping[Any, Any], source: str) -> ClusterConfig:
         texts = value if isinstance(value, tuple) else [value]
         if key != "setup" and any(isinstance(text, str) and "\n" in text for text in texts):
             problems.append(f"{source}: {key}: holds a line break; keep it on one line")
+    if values.get("elastic") and values.get("launcher", "srun") != "srun":
+        problems.append(f"{source}: elastic: true needs launcher: srun, which each attempt can start anew")
     raise_problems(problems)
     return ClusterConfig(**values)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +12,12 @@ from pathlib import Path
 
 from chiar_megatron import __version__
 from chiar_megatron.checkpoint.files import write_durably
-from chiar_megatron.cluster.preflight import (
-    Placement,
-    check_run,
-    estimates,
-    find_problems,
-    place,
-    submit_script,
-)
+from chiar_megatron.cluster.placement import Placement, place, spread_warnings
+from chiar_megatron.cluster.preflight import check_run, estimates, find_jobs, find_problems, submit_script
 from chiar_megatron.cluster.prepare import Unprepared, find_unprepared
 from chiar_megatron.cluster.script import prepare_script, pretrain_script
 from chiar_megatron.cluster.site import ClusterConfig, load_cluster
+from chiar_megatron.cluster.status import JOB_FILE
 from chiar_megatron.config.load import dump_config, load_config
 from chiar_megatron.config.problems import raise_problems
 from chiar_megatron.config.schema import RunConfig
@@ -49,13 +46,20 @@ class Submission:
 
     @property
     def name(self) -> str:
-        """Of the job: the run folder's, for one run has one job (singleton chains rest on it)."""
-        return f"chiar-{self.run_dir.absolute().name}"
+        """Of the job; singleton chains rest on it, and the search for a job of the same run."""
+        return job_name(self.run_dir)
 
     def script(self, recipe: Path, overrides: Sequence[str]) -> str:
         """The training job's script, for this recipe file."""
         command = ["pretrain", str(recipe), *overrides]
         return pretrain_script(self.run_dir, self.name, command, self.cluster, self.placement)
+
+
+def job_name(run_dir: Path) -> str:
+    """Readable, and no other folder's."""
+    path = run_dir.absolute()
+    readable = re.sub(r"[^\w.-]", "_", path.name)
+    return f"chiar-{readable}-{hashlib.blake2b(str(path).encode(), digest_size=3).hexdigest()}"
 
 
 def plan_submission(
@@ -68,8 +72,8 @@ def plan_submission(
     placement = place(config, cluster, nodes)
     check_run(config, placement)
     unprepared = find_unprepared(config)
-    problems = find_problems(config, cluster, unprepared)
-    estimated = estimates(config, placement)
+    problems = find_problems(config, cluster, unprepared) + find_jobs(job_name(Path(config.run_dir)))
+    estimated = spread_warnings(config, cluster, placement) + estimates(config, placement)
     return Submission(recipe, tuple(overrides), config, cluster, placement, unprepared, problems, estimated)
 
 
@@ -92,14 +96,14 @@ def submit(submission: Submission) -> list[str]:
         lines, options = [], []
         if submission.unprepared:
             preparing = folder / "prepare.sbatch"
-            command = ["prepare", str(recipe)]
-            write_durably(preparing, prepare_script(run_dir, submission.name, command, submission.cluster))
+            write_durably(preparing, prepare_script(run_dir, submission.name, [recipe], submission.cluster))
             job = submit_script(preparing, ())
             lines.append(f"job {job} prepares the data on CPUs: {run_dir}/prepare-{job}.out")
             options = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
     except OSError as error:
         raise ChiarError(f"run_dir {run_dir} cannot be written: {error}; choose another") from None
     job = submit_script(script, options)
+    write_durably(run_dir / JOB_FILE, f"{job}\n")
     placement = submission.placement
     return [
         *lines,

@@ -11,6 +11,8 @@ from typing import Literal, Optional
 
 from chiar_megatron.config.schema_files import CheckpointConfig as CheckpointConfig
 from chiar_megatron.config.schema_files import DataConfig as DataConfig
+from chiar_megatron.config.schema_process import LoggingConfig as LoggingConfig
+from chiar_megatron.config.schema_process import RuntimeConfig as RuntimeConfig
 
 RouterKind = Literal["entropy", "learned", "entropy_gated", "soft", "hard", "random"]
 
@@ -314,55 +316,6 @@ class TrainingConfig:
 
     exit_after_minutes: Optional[float] = None
     """Save and stop, resumable, after so many minutes."""
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """What is reported, and where besides `metrics.jsonl`."""
-
-    log_interval_steps: int = 1
-    """Steps between lines of progress and of `metrics.jsonl`."""
-
-    tensorboard: bool = False
-    """Write TensorBoard events into `<run folder>/tensorboard`."""
-
-    wandb_project: Optional[str] = None
-    """Weights & Biases project; null: not used. Offline unless a key is set."""
-
-    wandb_mode: Optional[Literal["online", "offline"]] = None
-    """null: online if a key is configured, else offline."""
-
-    routing_traces: int = 0
-    """Newest sequences whose routing `<run folder>/routing_traces` keeps, for `chiar plan`; 0: none."""
-
-
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """Devices, ports and time limits of one launch."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA if there is one."""
-
-    start_timeout_seconds: float = 300.0
-    """How long ranks wait for each other at start."""
-
-    collective_timeout_seconds: float = 600.0
-    """How long one collective may take before the run is failed."""
-
-    threads_per_process: Optional[int] = None
-    """CPU threads of one process. null: cores / processes on this host."""
-
-    compile: Optional[bool] = None
-    """Compile layers with torch.compile. null: on CUDA, where one process holds a whole layer."""
-
-    cuda_graph: Optional[bool] = None
-    """false: never replay steps as a CUDA graph. null: on CUDA, where the shapes of a step are fixed."""
-
-    record_decisions: Optional[str] = None
-    """Write every routing decision, by sample and layer, to this folder (small runs only)."""
-
-    replay_decisions: Optional[str] = None
-    """Take routing decisions from such a folder instead of the routers: compares layouts exactly."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ LIMITS = (
         "0 or more",
         lambda value: value >= 0,
         (
+            "runtime.hang_seconds",
             "model.router.dc_power_weight", "model.router.collapse_weight", "model.router.slack",
             "data.eod_token", "data.num_workers",
             "optimizer.min_lr", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad",

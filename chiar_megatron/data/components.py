@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,8 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 def cached_folder(folder: Path, build_into: Callable[[Path], object], *, build: bool) -> None:
-    """Make sure `folder` is there, whole: built beside and renamed, so a killed run leaves no torn one.
+    """Make sure `folder` is there, whole: built beside and renamed, so a killed run leaves no torn one, and
+    of several runs that build it at once the first counts.
 
     Raises `DataError` if it is missing and `build` is false.
     """
@@ -151,15 +153,16 @@ def cached_folder(folder: Path, build_into: Callable[[Path], object], *, build: 
             f"data.cache_dir: {folder} is missing; rank 0 writes it, so the folder must lie on a file "
             "system that all hosts share"
         )
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         unfinished.mkdir(parents=True)
         build_into(unfinished)
         unfinished.rename(folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise DataError(f"data.cache_dir: {folder} cannot be written: {error.strerror or error}") from error
+        if not folder.is_dir():
+            reason = error.strerror or error
+            raise DataError(f"data.cache_dir: {folder} cannot be written: {reason}") from error
 
 
 def open_tokens(

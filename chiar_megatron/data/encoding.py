@@ -5,6 +5,7 @@ Apart from `preprocess.py` because worker processes import it: it must not drag 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -42,14 +43,19 @@ class EncodedBatch:
 
 
 def encode_documents(
-    documents: Iterable[str], tokenizer_path: str | Path, eod: int | None, workers: int
+    documents: Iterable[str],
+    tokenizer_path: str | Path,
+    eod: int | None,
+    workers: int,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[EncodedBatch]:
-    """Encode `documents` in order, each followed by `eod` unless that is None.
+    """Encode `documents` in order, each followed by `eod` unless that is None. part (i, n): every n-th batch
+    from the i-th on; which documents share a batch depends on the text alone.
 
     `workers` > 1 uses so many processes; only a few batches for each are held in memory at a time.
     Raises `DataError` if a worker dies.
     """
-    batches = _batches(documents)
+    batches = itertools.islice(_batches(documents), part[0], None, part[1])
     if workers <= 1:
         tokenizer = load_tokenizer(tokenizer_path)
         yield from (_encode_batch(batch, tokenizer, eod) for batch in batches)

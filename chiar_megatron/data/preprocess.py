@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +63,38 @@ class Summary:
     """Fingerprint of its files."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """What `preprocess` is asked for."""
+
+    inputs: Sequence[str | Path]
+    tokenizer_path: str | Path
+    output_prefix: str | Path
+    workers: int = 1
+    json_key: str = "text"
+    append_eod: bool = True
+    document_separator: str = DOCUMENT_SEPARATOR
+    dtype: Literal["auto", "uint16", "int32"] = "auto"
+
+    def check(self) -> Tokenizer:
+        """The tokenizer. Raises DataError for what can be seen before any text is read."""
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        _choose_dtype(tokenizer, self.dtype)
+        if self.append_eod and tokenizer.eod is None:
+            raise DataError(
+                f"{self.tokenizer_path} has no end-of-document token; use another or append_eod=False"
+            )
+        for path in map(Path, self.inputs):
+            require_file(path)
+        return tokenizer
+
+    def encode(self, tokenizer: Tokenizer, part: tuple[int, int] = (0, 1)) -> Iterable[EncodedBatch]:
+        """The text's batches, or every n-th of them from the i-th on (part (i, n))."""
+        documents = read_documents(self.inputs, self.json_key, self.document_separator)
+        eod = tokenizer.eod if self.append_eod else None
+        return encode_documents(documents, self.tokenizer_path, eod, self.workers, part)
+
+
 def preprocess(
     inputs: Sequence[str | Path],
     tokenizer_path: str | Path,
@@ -83,22 +115,29 @@ def preprocess(
     Raises `DataError` for text that is missing, empty or malformed, a tokenizer without an
     end-of-document token or too large for `dtype`, and a full disk.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
-    token_dtype = _choose_dtype(tokenizer, dtype)
-    if append_eod and tokenizer.eod is None:
-        raise DataError(f"{tokenizer_path} has no end-of-document token; use another or append_eod=False")
-    for path in map(Path, inputs):
-        require_file(path)
-    documents = read_documents(inputs, json_key, document_separator)
-    eod = tokenizer.eod if append_eod else None
-    with _Writer(str(output_prefix), token_dtype) as writer:
+    return preprocess_request(
+        Request(
+            inputs, tokenizer_path, output_prefix, workers, json_key, append_eod, document_separator, dtype
+        )
+    )
+
+
+def preprocess_request(request: Request) -> Summary:
+    """`preprocess`, asked by one object."""
+    tokenizer = request.check()
+    return write(request, tokenizer, request.encode(tokenizer))
+
+
+def write(request: Request, tokenizer: Tokenizer, batches: Iterable[EncodedBatch]) -> Summary:
+    """The three files from all batches of a request, in order. Raises DataError as `preprocess` does."""
+    with _Writer(str(request.output_prefix), _choose_dtype(tokenizer, request.dtype)) as writer:
         with tqdm(unit="B", unit_scale=True, desc="preprocess", disable=not sys.stderr.isatty()) as bar:
-            for batch in encode_documents(documents, tokenizer_path, eod, workers):
+            for batch in batches:
                 writer.add(batch)
                 bar.update(batch.bytes)
         if not writer.documents:
-            raise DataError(f"no text in {', '.join(map(str, inputs))}: nothing to preprocess")
-        return writer.commit(tokenizer, append_eod)
+            raise DataError(f"no text in {', '.join(map(str, request.inputs))}: nothing to preprocess")
+        return writer.commit(tokenizer, request.append_eod)
 
 
 def load_summary(prefix: str | Path) -> Summary | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from chiar_megatron.checkpoint.claim import Claim
 from chiar_megatron.errors import ChiarError
 
 MetricValue = Union[float, None, Sequence[float], Sequence[Sequence[int]], Mapping[str, float]]
@@ -44,14 +45,14 @@ def _finite_or_null(value: object) -> object:
 class LineFile:
     """A file of JSON lines that holds whole lines only, whatever happens to the process or the disk."""
 
-    def __init__(self, path: Path, keep: int) -> None:
-        """Open `path` for appending after cutting it off at `keep` bytes."""
+    def __init__(self, claim: Claim, path: Path, keep: int) -> None:
+        """Take over `path`, cut off at `keep` bytes, for appending.
+
+        Raises ChiarError if it cannot be written, FencedError if a newer attempt has begun.
+        """
         self._path = path
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            # Cutting in place is one atomic step of the file system and works on a full disk, which a
-            # rewritten copy would not.
-            os.ftruncate(self._file, keep)
+            self._file = claim.take_over(path, keep)
         except OSError as error:
             raise ChiarError(f"{path} cannot be written ({error.strerror}): check the run folder") from error
         self._size = keep
@@ -136,21 +137,22 @@ class JsonlWriter:
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        """Continue the file after `resume_step` (0: begin anew), so that it never holds a step twice.
+    def __init__(self, claim: Claim, resume_step: int) -> None:
+        """Continue the run's file after `resume_step` (0: begin anew), so that it never holds a step twice.
 
         Lines of later steps, written by a killed attempt after its last checkpoint, and a torn last line
         are cut off.
 
         Raises:
-            ChiarError: the file cannot be written.
+            ChiarError: the file cannot be written, or a newer attempt has begun.
         """
+        path = claim.run_dir / "metrics.jsonl"
         keep = 0
         for record, end in read_lines(path):
             step = record.get("step") if record else None
             if isinstance(step, int) and step <= resume_step and resume_step > 0:
                 keep = end
-        self._file = LineFile(path, keep)
+        self._file = LineFile(claim, path, keep)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._file.append({"step": step, **metrics})

@@ -8,7 +8,6 @@ sequences make 4 MB. The newest `logging.routing_traces` sequences are kept.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 from torch import Tensor
 
+from chiar_megatron.checkpoint.claim import Claim
 from chiar_megatron.errors import ChiarError
 
 _log = logging.getLogger(__name__)
@@ -74,9 +74,10 @@ class StepTraces:
 class TraceWriter:
     """Keeps the newest sequences of a run; only one rank of a run may have one."""
 
-    def __init__(self, run_dir: Path, keep: int, resume_step: int) -> None:
+    def __init__(self, claim: Claim, keep: int, resume_step: int) -> None:
         """keep: sequences, at least 1. Files of steps after `resume_step` are removed: they run again."""
-        self.folder = run_dir / FOLDER
+        self.claim = claim
+        self.folder = claim.run_dir / FOLDER
         self.keep = keep
         self._files = {step: 0 for step in _steps(self.folder)}
         for step in list(self._files):
@@ -89,14 +90,15 @@ class TraceWriter:
                 self._remove(step)
 
     def write(self, step: int, traces: StepTraces) -> None:
-        """Keep one step's sequences. A full disk loses this step's only. Raises OSError then."""
+        """Keep one step's sequences. A full disk loses this step's only. Raises OSError then, and
+        FencedError if a newer attempt has begun."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = _path(self.folder, step)
-        partial = path.with_name(f".{path.name}.tmp")
+        partial = self.claim.folder / path.name
         try:
             with partial.open("wb") as file:
                 np.savez_compressed(file, **{f.name: getattr(traces, f.name) for f in fields(traces)})
-            os.replace(partial, path)
+            self.claim.publish(path.name, path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
@@ -107,7 +109,7 @@ class TraceWriter:
             self._remove(old)
 
     def _remove(self, step: int) -> None:
-        _path(self.folder, step).unlink(missing_ok=True)
+        self.claim.discard(_path(self.folder, step))
         self._files.pop(step, None)
 
 

@@ -11,10 +11,10 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
+from chiar_megatron.checkpoint.claim import Claim
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import LoggingConfig
 from chiar_megatron.errors import ChiarError, ConfigError
@@ -67,12 +67,15 @@ def histograms(metrics: Metrics, routed_layers: Sequence[int]) -> dict[str, list
 
 
 class TensorBoardWriter:
-    """Event files in `<run folder>/tensorboard`; a resume hides what was logged for later steps."""
+    """Event files in `<run folder>/tensorboard`; a resume hides what was logged for later steps.
+
+    They are hard links to those in the attempt's own folder.
+    """
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, resume_step: int, routed_layers: Sequence[int]) -> None:
-        """Raises ConfigError if the package tensorboard is missing, ChiarError if `folder` is unwritable."""
+    def __init__(self, claim: Claim, resume_step: int, routed_layers: Sequence[int]) -> None:
+        """Raises ConfigError if the package tensorboard is missing, ChiarError if it cannot be written."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -81,14 +84,24 @@ class TensorBoardWriter:
                 "`pip install tensorboard`, or set logging.tensorboard=false"
             ) from error
         self._routed_layers = tuple(routed_layers)
+        self._claim = claim
+        folder, own = claim.run_dir / "tensorboard", claim.folder / "tensorboard"
         try:
-            self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+            folder.mkdir(exist_ok=True)
+            self._writer: Any = SummaryWriter(str(own), purge_step=resume_step + 1 if resume_step else 0)
+            self._writer.flush()
+            # It appends by the file's name: that in the claim's folder, which a newer attempt takes away.
+            for path in own.iterdir():
+                os.link(path, folder / path.name)
         except OSError as error:
+            claim.check()
             raise ChiarError(
                 f"{folder} cannot be written ({error.strerror}): check the run folder"
             ) from error
 
     def log(self, step: int, metrics: Metrics) -> None:
+        if self._claim.is_lost():
+            return
         for key, value in flatten(metrics, self._routed_layers).items():
             self._writer.add_scalar(key, value, step)
         for key, counts in histograms(metrics, self._routed_layers).items():
@@ -131,7 +144,7 @@ class WandbWriter:
 
     def __init__(
         self,
-        run_dir: Path,
+        claim: Claim,
         config: LoggingConfig,
         config_dict: Mapping[str, object],
         routed_layers: Sequence[int],
@@ -148,11 +161,12 @@ class WandbWriter:
         self._routed_layers = tuple(routed_layers)
         self._errors: type[Exception] = wandb.Error
         self._histogram: Any = wandb.Histogram
+        run_dir = claim.run_dir
         try:
             self._run = wandb.init(
                 project=config.wandb_project,
                 name=run_dir.resolve().name,
-                id=_wandb_id(run_dir / "wandb_id.txt"),
+                id=_wandb_id(claim),
                 resume="allow",
                 mode=mode,
                 dir=str(run_dir),
@@ -204,24 +218,25 @@ def wandb_mode(config: LoggingConfig) -> Literal["online", "offline"]:
     return config.wandb_mode or ("online" if has_key else "offline")
 
 
-def _wandb_id(path: Path) -> str:
-    """The run's id, made at the first start and then read from `path`."""
+def _wandb_id(claim: Claim) -> str:
+    """The run's id, made at the first start and then read from `wandb_id.txt`."""
+    path = claim.run_dir / "wandb_id.txt"
     if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
         return kept
     fresh = uuid.uuid4().hex[:12]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(fresh + "\n", encoding="utf-8")
-    temporary.replace(path)
+    claim.write(path, fresh + "\n")
     return fresh
 
 
 class MultiWriter:
     """Every writer of a run behind one interface. A full disk costs figures and one warning, not the run."""
 
-    def __init__(self, writers: Sequence[RunWriter], events_path: Path) -> None:
+    def __init__(self, writers: Sequence[RunWriter], claim: Claim) -> None:
+        events_path = claim.run_dir / "events.jsonl"
         whole = [(record, end) for record, end in read_lines(events_path) if record is not None]
         self._writers = tuple(writers)
-        self._events = LineFile(events_path, whole[-1][1] if whole else 0)
+        self._events = LineFile(claim, events_path, whole[-1][1] if whole else 0)
+        self._attempt = claim.number
         self.restarts = sum(record.get("event") in ("start", "resume") for record, _ in whole)
         """How often the run was started before this attempt."""
         self._warned: set[str] = set()
@@ -238,7 +253,7 @@ class MultiWriter:
         """Append one line to `events.jsonl`: `start`, `resume`, `save`, `bad_step`, `exit`, ..."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         try:
-            self._events.append({"time": now, "event": kind, **fields})
+            self._events.append({"time": now, "attempt": self._attempt, "event": kind, **fields})
         except OSError as error:
             self._warn("events.jsonl", error)
 
@@ -259,7 +274,7 @@ class MultiWriter:
 
 
 def open_writers(
-    run_dir: Path,
+    claim: Claim,
     logging: LoggingConfig,
     resume_step: int,
     config_dict: Mapping[str, Any],
@@ -269,28 +284,24 @@ def open_writers(
     Only one rank of a run may call it.
 
     Args:
-        run_dir: the run folder; made if missing.
+        claim: of the run folder.
         logging: which writers.
         resume_step: steps done by the checkpoint that the run continues from; 0 for a start from scratch.
         config_dict: the resolved recipe as nested dicts; its `model.schedule` tells which layers the entries
             of per-layer lists belong to.
 
     Raises:
-        ChiarError: the folder is not writable.
+        ChiarError: the folder is not writable, or a newer attempt of the run has begun.
         ConfigError: a package or a key that the recipe needs is missing.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ChiarError(f"run_dir={run_dir} cannot be made ({error.strerror}): choose another") from error
     kinds = parse_schedule(config_dict["model"]["schedule"])
     routed_layers = [number for number, kind in enumerate(kinds, 1) if kind == "R"]
-    writers: list[RunWriter] = [JsonlWriter(run_dir / "metrics.jsonl", resume_step)]
+    writers: list[RunWriter] = [JsonlWriter(claim, resume_step)]
     if logging.tensorboard:
-        writers.append(TensorBoardWriter(run_dir / "tensorboard", resume_step, routed_layers))
+        writers.append(TensorBoardWriter(claim, resume_step, routed_layers))
     if logging.wandb_project is not None:
-        writers.append(WandbWriter(run_dir, logging, config_dict, routed_layers))
-    multi = MultiWriter(writers, run_dir / "events.jsonl")
+        writers.append(WandbWriter(claim, logging, config_dict, routed_layers))
+    multi = MultiWriter(writers, claim)
     kind = "resume" if resume_step else "start"
     multi.event(kind, step=resume_step, routed_layers=routed_layers)
     return multi

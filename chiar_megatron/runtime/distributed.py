@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ from chiar_megatron.runtime.cpu import adapt_megatron_to_cpu, is_adapted_to_cpu
 from chiar_megatron.runtime.device import select_device, set_threads
 from chiar_megatron.runtime.env import ProcessEnv
 from chiar_megatron.runtime.rendezvous import rendezvous
+
+# NCCL's flight recorder, by its name in torch 2.13 and in those before it; the watchdog writes it down.
+FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+RECORDED_COLLECTIVES = 2000
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class World:
     data_parallel_size: int
     context_parallel_rank: int
     context_parallel_size: int
+    env: ProcessEnv
+    """Who started this process, and where the others are."""
 
     @property
     def is_main(self) -> bool:
@@ -98,12 +105,17 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, env: ProcessEnv
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         context_parallel_rank=parallel_state.get_context_parallel_rank(),
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        env=env,
     )
 
 
 def _join(device: torch.device, runtime: RuntimeConfig, env: ProcessEnv) -> None:
     store = rendezvous(env, runtime.start_timeout_seconds)
-    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    options: dict[str, Any] = {}
+    if device.type == "cuda":
+        options["device_id"] = device
+        for name in FLIGHT_RECORDER:
+            os.environ.setdefault(name, str(RECORDED_COLLECTIVES))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import re
 import socket
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 from chiar_megatron.errors import LaunchError
+from chiar_megatron.runtime.mpi import first_host_by_mpi
 
 PYTHON_MIN = (3, 10)
 TORCH_MIN, TORCH_END = (2, 11), (2, 14)
 MEGATRON_CORE = "0.16.1"
 
 DEFAULT_PORT = 29500  # torchrun's own
-SLURM_PORTS = range(20000, 40000)  # jobs that share a host get different ports by their job id
+JOB_PORTS = range(20000, 40000)  # jobs that share a host get different ports by their job id
 
 Launcher = Literal["torchrun", "slurm", "openmpi", "mpich", "none"]
 
@@ -45,6 +47,10 @@ class ProcessEnv:
     host: str = "localhost"
     """Name of this host."""
 
+    hosts: tuple[tuple[str, int], ...] = ()
+    """Every host of the launch and how many of its processes run there; empty where the launcher does not
+    tell."""
+
     master_addr: str = "127.0.0.1"
     """Host of rank 0."""
 
@@ -65,24 +71,27 @@ def read_process_env(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
     """Read this process's place; the innermost launcher counts (torchrun, then MPI, then `srun`).
 
     A SLURM shell or batch script outside `srun`, and a step of one task, are no launch: world size 1,
-    launcher "none". MASTER_ADDR and MASTER_PORT overrule what SLURM or MPI suggest.
+    launcher "none". MASTER_ADDR and MASTER_PORT overrule what SLURM or MPI suggest. Where MPI spans several
+    hosts outside SLURM and MASTER_ADDR is not set, mpi4py is asked for the first host.
 
     Raises:
         LaunchError: variables are missing, no numbers, or contradict each other; it names them.
     """
     if "RANK" in environ:
         names: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return _checked(_from_torchrun(environ), environ, names)
+        env = _checked(_from_torchrun(environ), environ, names)
+        _check_outer(env, environ)
+        return env
     if "OMPI_COMM_WORLD_RANK" in environ:
         names = tuple(f"OMPI_COMM_WORLD_{end}" for end in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
         return _checked(_from_mpi(environ, names, "openmpi"), environ, names)
-    in_slurm_step = "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ)
+    in_slurm_step = _in_slurm_step(environ)
     # `srun --mpi=pmi2` sets PMI_RANK too, but without the local ranks that SLURM tells.
     if "PMI_RANK" in environ and not (in_slurm_step and environ["PMI_RANK"] == environ["SLURM_PROCID"]):
         names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
         return _checked(_from_mpi(environ, names, "mpich"), environ, names)
     if in_slurm_step:
-        size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+        size_name = _slurm_size_name(environ)
         if _integer(environ, size_name) > 1:
             names = ("SLURM_PROCID", size_name, "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
             return _checked(_from_slurm(environ, size_name), environ, names)
@@ -111,16 +120,34 @@ def check_versions(versions: Optional[Mapping[str, str]] = None) -> None:
         raise LaunchError(f"Untested versions: {', '.join(problems)}. Install what setup.py asks for.")
 
 
-def first_host(node_list: str) -> str:
-    """First host of a SLURM node list: `"gpu[003-005,9],login"` gives `"gpu003"`.
+def host_names(node_list: str) -> list[str]:
+    """Hosts of a SLURM node list, in order: `"gpu[003-004,9],login"` gives gpu003, gpu004, gpu9, login.
 
     Raises:
         LaunchError: the list is empty or its brackets do not match.
     """
-    matched = re.match(r"^((?:[^,\[\]]|\[[^\[\]]+\])+)(?:,|$)", node_list.strip())
-    if matched is None:
-        raise LaunchError(f"SLURM_STEP_NODELIST={node_list!r} has no first host. Set MASTER_ADDR to it.")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", matched.group(1))
+    text = node_list.strip()
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]+\])+", text)
+    if not parts or ",".join(parts) != text:
+        raise LaunchError(f"SLURM_STEP_NODELIST={node_list!r} is no list of hosts. Start with `srun`.")
+    names: list[str] = []
+    for part in parts:
+        pieces = re.split(r"\[([^\]]+)\]", part)  # plain text and bracketed ranges in turn
+        choices = [_range_members(p) if i % 2 else [p] for i, p in enumerate(pieces)]
+        names += ["".join(chosen) for chosen in itertools.product(*choices)]
+    return names
+
+
+def _range_members(ranges: str) -> list[str]:
+    """`"003-005,9"`: 003, 004, 005, 9."""
+    members: list[str] = []
+    for entry in ranges.split(","):
+        first, _, last = entry.partition("-")
+        if last.isdigit() and first.isdigit():
+            members += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        else:
+            members.append(entry)
+    return members
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> ProcessEnv:
@@ -145,15 +172,20 @@ def _from_slurm(environ: Mapping[str, str], size_name: str) -> ProcessEnv:
     world_size = _integer(environ, size_name)
     node_rank = _integer(environ, "SLURM_NODEID", default=0)
     counts = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "")
+    tasks = _task_counts(counts)
+    if node_rank >= len(tasks):
+        raise LaunchError(f"SLURM_NODEID={node_rank} lies outside SLURM_STEP_TASKS_PER_NODE={counts}.")
+    names = host_names(_slurm_node_list(environ))
     return ProcessEnv(
         rank=_integer(environ, "SLURM_PROCID"),
         world_size=world_size,
         local_rank=_integer(environ, "SLURM_LOCALID"),
-        local_world_size=_tasks_on_node(counts, node_rank),
+        local_world_size=tasks[node_rank],
         node_rank=node_rank,
-        host=socket.gethostname(),
-        master_addr=environ.get("MASTER_ADDR") or first_host(_slurm_node_list(environ)),
-        master_port=_port(environ, SLURM_PORTS[job % len(SLURM_PORTS)]),
+        host=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        hosts=tuple(zip(names, tasks, strict=False)) if len(names) == len(tasks) else (),
+        master_addr=environ.get("MASTER_ADDR") or names[0],
+        master_port=_port(environ, JOB_PORTS[job % len(JOB_PORTS)]),
         launcher="slurm",
         # A requeued job keeps its id; the old copy may still run on a node that lost its network.
         job=f"slurm/{job}.{step}/{environ.get('SLURM_RESTART_COUNT', '0')}",
@@ -166,12 +198,18 @@ def _from_mpi(environ: Mapping[str, str], names: tuple[str, ...], launcher: Laun
     if not master and size == local_size:
         master = "127.0.0.1"
     elif not master and "SLURM_JOB_ID" in environ:
-        master = first_host(_slurm_node_list(environ))
+        master = host_names(_slurm_node_list(environ))[0]
     elif not master:
+        # Only what this very process was started with may be asked for over MPI.
+        master = first_host_by_mpi(size) if environ is os.environ else None
+    if not master:
         raise LaunchError(
             f"{names[1]}={size} but {names[3]}={local_size}: several hosts, and MPI does not tell the first. "
-            f"Set MASTER_ADDR to the host of rank 0 for all ranks (mpirun -x MASTER_ADDR, mpiexec -genv)."
+            f"Install mpi4py (built against this MPI), or set MASTER_ADDR to the host of rank 0 for all "
+            f"ranks (mpirun -x MASTER_ADDR, mpiexec -genv)."
         )
+    job = environ.get("PMIX_NAMESPACE") or environ.get("SLURM_JOB_ID", "none")
+    own_port = JOB_PORTS[int(job) % len(JOB_PORTS)] if job.isdigit() else DEFAULT_PORT
     return ProcessEnv(
         rank=rank,
         world_size=size,
@@ -180,10 +218,34 @@ def _from_mpi(environ: Mapping[str, str], names: tuple[str, ...], launcher: Laun
         node_rank=rank // max(1, local_size),  # MPI tells no node number; right where hosts are alike
         host=socket.gethostname(),
         master_addr=master,
-        master_port=_port(environ, DEFAULT_PORT),
+        master_port=_port(environ, own_port),
         launcher=launcher,
-        job=f"{launcher}/{environ.get('SLURM_JOB_ID', 'none')}",
+        job=f"{launcher}/{job}",
     )
+
+
+def _check_outer(env: ProcessEnv, environ: Mapping[str, str]) -> None:
+    """torchrun's variables against those of `srun` or `mpirun` around them: ranks that each believed they
+    were alone would all write one run folder."""
+    if _in_slurm_step(environ):
+        outer = ("SLURM_PROCID", _slurm_size_name(environ))
+    elif "OMPI_COMM_WORLD_RANK" in environ:
+        outer = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+    else:
+        return
+    rank, size = (_integer(environ, name) for name in outer)
+    theirs = f"{outer[0]}={rank} {outer[1]}={size}"
+    if "TORCHELASTIC_RUN_ID" in environ:
+        if size > 1 and environ.get("GROUP_WORLD_SIZE") == "1":
+            raise LaunchError(
+                f"{theirs}, but this torchrun spans one host (GROUP_WORLD_SIZE=1): {size} copies of the run. "
+                f"Give torchrun --nnodes={size} and one --rdzv-endpoint, or start it once."
+            )
+    elif size > 1 and (rank, size) != (env.rank, env.world_size):
+        raise LaunchError(
+            f"RANK={env.rank} WORLD_SIZE={env.world_size} contradict {theirs}. Unset RANK, WORLD_SIZE, "
+            f"LOCAL_RANK and LOCAL_WORLD_SIZE (an earlier launch or a script left them), or start torchrun."
+        )
 
 
 def _checked(env: ProcessEnv, environ: Mapping[str, str], names: tuple[str, ...]) -> ProcessEnv:
@@ -205,10 +267,18 @@ def _slurm_node_list(environ: Mapping[str, str]) -> str:
     for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST"):
         if environ.get(name):
             return environ[name]
-    raise LaunchError("SLURM_STEP_NODELIST is not set. Start with `srun`, or set MASTER_ADDR.")
+    raise LaunchError("SLURM_STEP_NODELIST is not set. Start with `srun`.")
 
 
-def _tasks_on_node(counts: str, node_rank: int) -> int:
+def _in_slurm_step(environ: Mapping[str, str]) -> bool:
+    return "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ)
+
+
+def _slurm_size_name(environ: Mapping[str, str]) -> str:
+    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+
+
+def _task_counts(counts: str) -> list[int]:
     """SLURM writes tasks a node as `"4(x3),2"`: three nodes of 4, one of 2."""
     tasks: list[int] = []
     for part in counts.split(","):
@@ -216,9 +286,7 @@ def _tasks_on_node(counts: str, node_rank: int) -> int:
         if matched is None:
             raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={counts!r} is not like '4(x3),2'. Use `srun`.")
         tasks += [int(matched.group(1))] * int(matched.group(2) or 1)
-    if node_rank >= len(tasks):
-        raise LaunchError(f"SLURM_NODEID={node_rank} lies outside SLURM_STEP_TASKS_PER_NODE={counts}.")
-    return tasks[node_rank]
+    return tasks
 
 
 def _text(environ: Mapping[str, str], name: str) -> str:

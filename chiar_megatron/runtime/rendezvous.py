@@ -7,6 +7,8 @@ verdict, and every rank that is present raises the same error, which names the r
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from chiar_megatron.runtime.env import ProcessEnv
 VERDICT_MARGIN_SECONDS = 10.0  # ranks that connected wait a little longer than rank 0 itself does
 VERDICT_KEY = "verdict"
 COMPLETE = "complete"
+HOSTS_SHOWN = 8  # of those that did not come in full
 
 
 def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
@@ -30,8 +33,9 @@ def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
     """
     if env.world_size == 1:
         return dist.HashStore()
+    hosts = env.rank == 0 and not env.agent_hosts_store
     # The prefix keeps a launch apart from another that listens at the same port by mistake.
-    store = dist.PrefixStore(f"chiar/{env.job}", _open_store(env, timeout_seconds))
+    store = dist.PrefixStore(f"chiar/{env.job}", _open_store(env, timeout_seconds, hosts))
     if store.add(f"starts/{env.rank}", 1) > 1:
         first = store.get(f"arrived/{env.rank}").decode()
         raise LaunchError(
@@ -40,20 +44,27 @@ def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
         )
     store.set(f"arrived/{env.rank}", env.host)
     if env.rank == 0:
-        verdict = _decide(store, env.world_size, timeout_seconds)
+        verdict = _decide(store, env, timeout_seconds)
     else:
         verdict = _hear_verdict(store, env, timeout_seconds)
     if verdict != COMPLETE:
         raise LaunchError(
-            f"{verdict} of {env.world_size} did not appear within {timeout_seconds:g} s "
+            f"{verdict} did not appear within {timeout_seconds:g} s "
             f"(this is rank {env.rank} on {env.host}). Look at what those ranks printed; if they were only "
             f"slow, raise runtime.start_timeout_seconds."
         )
     return store
 
 
-def _open_store(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
-    hosts_store = env.rank == 0 and not env.agent_hosts_store
+def open_client(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
+    """A connection of its own to the store of a launch that has met, for a thread beside training.
+
+    Raises LaunchError if rank 0 cannot be reached.
+    """
+    return dist.PrefixStore(f"chiar/{env.job}/beside", _open_store(env, timeout_seconds, hosts_store=False))
+
+
+def _open_store(env: ProcessEnv, timeout_seconds: float, hosts_store: bool) -> dist.Store:
     try:
         return dist.TCPStore(
             env.master_addr,
@@ -79,8 +90,9 @@ def _open_store(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
         ) from error
 
 
-def _decide(store: dist.Store, world_size: int, timeout_seconds: float) -> str:
+def _decide(store: dist.Store, env: ProcessEnv, timeout_seconds: float) -> str:
     """Rank 0: wait for all, write the verdict, and keep the store up until those present have read it."""
+    world_size = env.world_size
     arrivals = [f"arrived/{rank}" for rank in range(world_size)]
     try:
         store.wait(arrivals, timedelta(seconds=timeout_seconds))
@@ -88,7 +100,11 @@ def _decide(store: dist.Store, world_size: int, timeout_seconds: float) -> str:
     except RuntimeError:
         present = [rank for rank in range(world_size) if store.check([arrivals[rank]])]
     missing = sorted(set(range(world_size)) - set(present))
-    verdict = f"{'rank' if len(missing) == 1 else 'ranks'} {_ranges(missing)}" if missing else COMPLETE
+    verdict = COMPLETE
+    if missing:
+        here = Counter(store.get(arrivals[rank]).decode() for rank in present)
+        verdict = f"{'rank' if len(missing) == 1 else 'ranks'} {_ranges(missing)} of {world_size}"
+        verdict += _missing_hosts(env.hosts, here)
     store.set(VERDICT_KEY, verdict)
     if missing:
         deadline = time.monotonic() + VERDICT_MARGIN_SECONDS
@@ -111,6 +127,15 @@ def _hear_verdict(store: dist.Store, env: ProcessEnv, timeout_seconds: float) ->
             f"rank {env.rank} on {env.host} reached {env.master_addr}:{env.master_port}, but rank 0 ended or "
             f"did not answer within {waited:g} s. Look at what rank 0 printed."
         ) from error
+
+
+def _missing_hosts(expected: Sequence[tuple[str, int]], here: Counter[str]) -> str:
+    """`" (came from n2 0 of 4, n3 3 of 4)"`; empty where the launcher does not tell where ranks belong."""
+    short = [f"{host} {here[host]} of {count}" for host, count in expected if here[host] < count]
+    if not short:
+        return ""
+    more = f" and {len(short) - HOSTS_SHOWN} more hosts" if len(short) > HOSTS_SHOWN else ""
+    return f" (came from {', '.join(short[:HOSTS_SHOWN])}{more})"
 
 
 def _ranges(ranks: list[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -15,12 +14,12 @@ from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.errors import ChiarError
 from chiar_megatron.metrics.jsonl import read_metrics
+from chiar_megatron.metrics.run_state import run_state
 from chiar_megatron.model.accounting import parameter_count
 from chiar_megatron.scaling.flops import token_flops
 from chiar_megatron.scaling.manifest import Sweep
 
 STATUSES = ("finished", "running", "stopped", "failed", "missing")
-_SILENT_SECONDS = 600.0  # a run without an exit that wrote nothing for so long is not running any more
 _LAST_SHARE = 0.05  # of the steps, whose mean loss stands for a run without validation
 
 
@@ -91,7 +90,7 @@ def collect_run(folder: Path) -> CollectedRun:
     row = CollectedRun(run=folder.name, status="missing", reason="no run folder", path=str(folder))
     if not folder.is_dir():
         return row
-    status, reason = _status(folder)
+    status, reason = run_state(folder)
     row = _with(row, status=status, reason=reason)
     try:
         config = load_config(folder / "config.yaml")
@@ -132,25 +131,6 @@ def _with(row: CollectedRun, **changes: Any) -> CollectedRun:
     from dataclasses import replace
 
     return replace(row, **changes)
-
-
-def _status(folder: Path) -> tuple[str, str]:
-    exit_file, metrics = folder / "exit.json", folder / "metrics.jsonl"
-    if exit_file.is_file():
-        try:
-            record = json.loads(exit_file.read_text(encoding="utf-8"))
-            reason, code = str(record["reason"]), int(record["exit_code"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return "failed", "exit.json cannot be read"
-        if code == 0:
-            return "finished", ""
-        return ("stopped" if code == 75 else "failed"), reason
-    if not (folder / "environment.json").is_file() and not metrics.is_file():
-        return "missing", "the folder holds no run"
-    newest = max(path.stat().st_mtime for path in folder.iterdir())
-    if time.time() - newest < _SILENT_SECONDS:
-        return "running", "no exit yet"
-    return "stopped", "no exit and silent: killed, or it hangs; submit again"
 
 
 def _planned_figures(config: RunConfig) -> dict[str, Any]:

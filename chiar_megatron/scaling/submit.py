@@ -63,7 +63,7 @@ class Local:
         code = EXIT_DONE
         for number, run in enumerate(runs, start=1):
             say(f"[{number}/{len(runs)}] {run.name}: {run.parameters:,} parameters, {run.tokens:,} tokens")
-            prediction = self._predict(sweep, run, say)
+            prediction = announce(self.analysis, sweep, run, say)
             outcome = _train(sweep, run)
             row = collect_run(Path(run.run_dir))
             if outcome.exit_code == EXIT_DONE:
@@ -78,27 +78,29 @@ class Local:
                 return EXIT_RESUMABLE
         return code
 
-    def _predict(self, sweep: Sweep, run: PlannedRun, say: Say) -> str:
-        """What the fit says about a run, printed and written down; empty without a fit."""
-        if self.analysis is None:
-            return ""
-        rho = 1.0 if self.analysis.law.gamma is None else run.attention_share
-        prediction = predict_run(self.analysis, n=run.parameters, d=run.tokens, flops=None, rho=rho)
-        words = str(prediction.loss)
-        if prediction.run_interval is not None:
-            low, high = prediction.run_interval
-            words = f"{prediction.loss.value:.4f}, {self.analysis.settings.level:.0%} {low:.4f} to {high:.4f}"
-        say(f"    predicted before it starts: loss {words}")
-        record = {
-            "run": run.name,
-            "unix_seconds": time.time(),
-            "loss": prediction.loss.value,
-            "interval": prediction.loss.interval,
-            "run_interval": prediction.run_interval,
-        }
-        with (sweep.folder / "predictions.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        return words
+
+def announce(analysis: Analysis | None, sweep: Sweep, run: PlannedRun, say: Say) -> str:
+    """Say what a fit predicts of a run that has not begun, and keep it in `predictions.jsonl`; returns it in
+    words, empty without a fit."""
+    if analysis is None:
+        return ""
+    rho = 1.0 if analysis.law.gamma is None else run.attention_share
+    prediction = predict_run(analysis, n=run.parameters, d=run.tokens, flops=None, rho=rho)
+    words = str(prediction.loss)
+    if prediction.run_interval is not None:
+        low, high = prediction.run_interval
+        words = f"{prediction.loss.value:.4f}, {analysis.settings.level:.0%} {low:.4f} to {high:.4f}"
+    say(f"    predicted before it starts: loss {words}")
+    record = {
+        "run": run.name,
+        "unix_seconds": time.time(),
+        "loss": prediction.loss.value,
+        "interval": prediction.loss.interval,
+        "run_interval": prediction.run_interval,
+    }
+    with (sweep.folder / "predictions.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return words
 
 
 def _train(sweep: Sweep, run: PlannedRun) -> Outcome:

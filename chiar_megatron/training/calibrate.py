@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from chiar_megatron.checkpoint.claim import FOLDER
 from chiar_megatron.checkpoint.files import CheckpointInfo, resolve_checkpoint, sync_folder, write_durably
 from chiar_megatron.checkpoint.store import CheckpointStore, make_info
 from chiar_megatron.config.schedule import parse_schedule
@@ -358,6 +359,7 @@ def _write(source: Path, calibration: Calibration, destination: Path, device: st
         temporary.mkdir(parents=True)
         state = {"model": module.sharded_state_dict(metadata=dict(SHARDING_METADATA))}
         CheckpointStore(temporary, CheckpointConfig()).save(state, written)
+        shutil.rmtree(temporary / FOLDER)
         write_durably(temporary / REPORT, calibration.json_line() + "\n")
         temporary.rename(destination)
         sync_folder(temporary.parent)

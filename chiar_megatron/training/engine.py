@@ -115,6 +115,8 @@ class MegatronEngine:
         if graphed:
             self._train_pass = GraphedPass(CopiedGradients(self._train_pass, self.module))
         self.stopwatch = Stopwatch(world.device)
+        self.on_batch: Callable[[], None] = lambda: None
+        """Called before each forward pass, but for those replayed as a CUDA graph."""
         self._last_sums: DeviceSums | None = None
         # Steps that may be under way while the host judges the one before.
         self.steps_ahead = 1 if world.device.type == "cuda" else 0
@@ -206,7 +208,7 @@ class MegatronEngine:
     def _run(self, batches: Sequence[TokenBatch], forward_only: bool) -> list[torch.Tensor]:
         reports: list[torch.Tensor] = self.forward_backward(
             forward_step_func=self.forward_step,
-            data_iterator=[iter(batches) for _ in self.chunks],
+            data_iterator=[map(self._seen, batches) for _ in self.chunks],
             model=self.wrapped,
             num_microbatches=len(batches),
             seq_length=self.config.model.seq_length,
@@ -214,6 +216,10 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         return reports
+
+    def _seen(self, batch: TokenBatch) -> TokenBatch:
+        self.on_batch()
+        return batch
 
     def sharded_state(self, is_loading: bool) -> dict[str, Any]:
         """Weights and optimizer state as megatron-core's distributed checkpoint wants them."""

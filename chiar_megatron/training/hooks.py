@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from chiar_megatron.checkpoint.claim import Claim
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.training.signals import StopSignals
 from chiar_megatron.training.step import Requests
 
 STOP_FILE = "STOP"  # `touch RUN/STOP` saves and stops the run
-STOP_FILE_SECONDS = 1.0  # between looks: a busy shared file system shall not slow the steps
+LOOK_SECONDS = 1.0  # between looks into the run folder: a busy shared file system shall not slow the steps
 
 
 class Schedule:
     """What this rank asks for after a step."""
 
-    def __init__(self, config: RunConfig, is_main: bool, signals: StopSignals) -> None:
+    def __init__(self, config: RunConfig, claim: Claim, is_main: bool, signals: StopSignals) -> None:
         self.config = config
+        self.claim = claim
         self.stop_file = Path(config.run_dir) / STOP_FILE
-        self.stop_seen, self.looked = False, -STOP_FILE_SECONDS
+        self.stop_seen, self.looked = False, -LOOK_SECONDS
+        self.fenced = False
         self.is_main = is_main
         self.signals = signals
         self.last_save = time.monotonic()
@@ -33,10 +36,12 @@ class Schedule:
         )
 
     def _asked(self) -> bool:
+        """Whether the run folder says so: by the stop file, or for a newer attempt, which fails the save."""
         now = time.monotonic()
-        if self.is_main and not self.stop_seen and now - self.looked >= STOP_FILE_SECONDS:
+        if self.is_main and not self.stop_seen and now - self.looked >= LOOK_SECONDS:
             self.stop_seen, self.looked = self.stop_file.exists(), now
-        return self.stop_seen
+            self.fenced = self.claim.is_lost()
+        return self.stop_seen or self.fenced
 
     def obeyed(self) -> None:
         """Take the stop file away once the run is saved: one `touch` stops one attempt."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from chiar_megatron.checkpoint.agree import on_main
+from chiar_megatron.checkpoint.claim import join_claim
 from chiar_megatron.checkpoint.files import CheckpointInfo
 from chiar_megatron.checkpoint.store import CheckpointStore, Commit, make_info
 from chiar_megatron.config.load import resolve_config, to_dict
@@ -30,6 +31,7 @@ from chiar_megatron.errors import (
 )
 from chiar_megatron.runtime.device import set_deterministic
 from chiar_megatron.runtime.distributed import World
+from chiar_megatron.runtime.watchdog import EXIT_HUNG, Progress, Watchdog
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 from chiar_megatron.training.engine import MegatronEngine, PendingStep, StepResult
 from chiar_megatron.training.hooks import Schedule
@@ -46,17 +48,45 @@ def pretrain(
     world: World,
     signals: StopSignals | None = None,
     open_streams: Callable[[RunConfig], Streams] | None = None,
+    attempt: int | None = None,
 ) -> int:
     """Train, or continue, the run of a recipe; returns the exit code (0 done, 75 stopped, resumable).
 
     signals: noted since the process began; None notes them from now on. open_streams: called on every rank
-    with the resolved config; None reads what `data` names. Raises ChiarError for whatever the user can mend.
+    with the resolved config; None reads what `data` names. attempt: that a job's script has begun for these
+    ranks; None begins one, to which older copies of the run give way. Raises ChiarError for whatever the user
+    can mend, FencedError if a newer attempt has begun.
     """
     signals = signals or StopSignals()
     config = resolve(config)
     check_config(config, world.size)
-    folder = RunFolder(config.run_dir)
+    folder = RunFolder(on_main(lambda: join_claim(Path(config.run_dir), attempt)))
     on_main(lambda: folder.write_start(world.size))
+    with _watchdog(config, world, folder) as progress:
+        return _attempt(config, world, folder, signals, open_streams, progress)
+
+
+def _watchdog(config: RunConfig, world: World, folder: RunFolder) -> Watchdog:
+    runtime = config.runtime
+    seconds = runtime.hang_seconds
+    if seconds is None:  # before torch's own time-out, which names nobody
+        seconds = 0.9 * runtime.collective_timeout_seconds
+
+    def report(verdict: str, step: int) -> None:
+        folder.write_exit(f"hang: {verdict}", step, EXIT_HUNG)
+
+    stacks = folder.path / "hangs" / f"{folder.claim.number:06d}"
+    return Watchdog(world.env, seconds, runtime.start_timeout_seconds, stacks, report)
+
+
+def _attempt(
+    config: RunConfig,
+    world: World,
+    folder: RunFolder,
+    signals: StopSignals,
+    open_streams: Callable[[RunConfig], Streams] | None,
+    progress: Progress,
+) -> int:
     if config.training.deterministic:
         set_deterministic()
     trainer = None
@@ -69,10 +99,12 @@ def pretrain(
             raise DataError(
                 "data.train is empty: give the prefix of preprocessed files (see `chiar preprocess`)"
             )
-        trainer = Trainer(config, world, folder, streams, signals)
+        progress.beat()
+        trainer = Trainer(config, world, folder, streams, signals, progress)
         on_main(lambda: folder.write_config(config))
         return trainer.run()
     except BaseException as error:
+        progress.wait_if_hung()
         kind = "not finite" if isinstance(error, NonFiniteError) else "error"
         reason = f"{kind}: " + (str(error).splitlines() or [type(error).__name__])[0]
         code = EXIT_BAD_INPUT if isinstance(error, ChiarError) else 1
@@ -95,25 +127,33 @@ class Trainer:
     """One attempt at a run: from where it stands to its end, a stop, or a failure."""
 
     def __init__(
-        self, config: RunConfig, world: World, folder: RunFolder, streams: Streams, signals: StopSignals
+        self,
+        config: RunConfig,
+        world: World,
+        folder: RunFolder,
+        streams: Streams,
+        signals: StopSignals,
+        progress: Progress,
     ) -> None:
         self.config = config
         self.world = world
         self.folder = folder
         self.streams = streams
+        self.progress = progress
         runtime = config.runtime
         self.recorder = DecisionRecorder(Path(runtime.record_decisions)) if runtime.record_decisions else None
         replay = DecisionReplay(Path(runtime.replay_decisions)) if runtime.replay_decisions else None
         self.engine = MegatronEngine(config, world, self.recorder, replay)
-        self.store = CheckpointStore(folder.checkpoints, config.checkpoint)
-        self.schedule = Schedule(config, world.is_main, signals)
+        self.engine.on_batch = progress.beat
+        self.store = CheckpointStore(folder.checkpoints, config.checkpoint, folder.claim)
+        self.schedule = Schedule(config, folder.claim, world.is_main, signals)
         restored = restore(config, self.engine, self.store)
         self.step, self.tokens_seen = restored.step, restored.tokens_seen
         self.saved_step = self.step if self.step > 0 else None
         self.bad_in_a_row = 0
         self.save_asked = False
         self.under_way: deque[PendingStep] = deque()
-        self.reporter = Reporter(config, world, folder.path, self.step, self.tokens_seen)
+        self.reporter = Reporter(config, world, folder.claim, self.step, self.tokens_seen, signals.started)
         for problem in restored.problems:
             self._warn("checkpoint_problem", problem)
 
@@ -126,6 +166,7 @@ class Trainer:
         batches = read_ahead(self._train, self._layout(), self.step, last, self.config.data.num_workers)
         stop_reason = None
         for step, step_batches in enumerate(batches, start=self.step):
+            self.progress.mark("training", step + 1)
             detailed = self.reporter.is_due(step + 1) or self.schedule.validation_due(step + 1)
             self.under_way.append(
                 self.engine.launch_step(step_batches, step, self.schedule.requests, detailed)
@@ -137,6 +178,7 @@ class Trainer:
                 stop_reason = self._settle_step(self.under_way.popleft()) or stop_reason
             if stop_reason is not None:
                 break
+            self.progress.mark("reading data", step + 2)
         while self.under_way:
             self._settle_step(self.under_way.popleft())
         return self._finish(stop_reason)
@@ -195,8 +237,9 @@ class Trainer:
         validation: dict[str, float] = {}
         if self.schedule.validation_due(self.step):
             started = time.monotonic()
+            self.progress.mark("validation", self.step)
             validation = self._validate(self.streams.validation)
-            self.reporter.pause(time.monotonic() - started)
+            self.reporter.pause(time.monotonic() - started, "evaluation")
         self.reporter.step(self.step, self.tokens_seen, result, validation)
 
     def _validate(self, streams: dict[str, TokenStream]) -> dict[str, float]:
@@ -217,6 +260,7 @@ class Trainer:
     def _save(self, required: bool, delete_old: bool = True) -> None:
         """Write a checkpoint. A failed one is reported and, unless required, training goes on without it."""
         started = time.monotonic()
+        self.progress.mark("saving", self.step)
         self._settle(self.store.finish)
         if self.saved_step != self.step:
             info = self._info()
@@ -226,7 +270,9 @@ class Trainer:
             save = self.store.start if in_background else self.store.save
             self._settle(lambda: save(state, info, delete_old), required)
         self.schedule.saved()
-        self.reporter.pause(time.monotonic() - started)
+        self.progress.mark("saved", self.step)
+        self.reporter.pause(time.monotonic() - started, "save")
+        self.reporter.times(self.step)
 
     def _info(self) -> CheckpointInfo:
         parallel = self.config.parallel
@@ -259,12 +305,16 @@ class Trainer:
             _log.warning("%s", text)
 
     def _finish(self, stop_reason: str | None) -> int:
+        on_main(self.folder.claim.check)
         self._save(required=True)
         if self.recorder is not None:
             self.recorder.write(self.world.rank)
         done = self.step >= self.config.training.steps
         if done and self.streams.test and self.config.training.eval_steps > 0:
+            started = time.monotonic()
+            self.progress.mark("test", self.step)
             self.reporter.test(self._validate(self.streams.test))
+            self.reporter.pause(time.monotonic() - started, "evaluation")
         code = EXIT_DONE if done else EXIT_RESUMABLE
         reason = "done" if done else (stop_reason or "exit_after_steps")
         self.end(reason, code)
@@ -273,7 +323,9 @@ class Trainer:
 
     def end(self, reason: str, code: int) -> None:
         """Leave the reason in the run folder."""
+        self.reporter.times(self.step)
         self.reporter.event("exit", step=self.step, reason=reason, exit_code=code)
         self.reporter.close()
         if self.world.is_main:
             self.folder.write_exit(reason, self.step, code)
+            self.folder.write_goodput()

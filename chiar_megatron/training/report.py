@@ -6,15 +6,17 @@ import logging
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from chiar_megatron.checkpoint.claim import Claim
 from chiar_megatron.config.load import to_dict
 from chiar_megatron.config.routing import computes_all
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
+from chiar_megatron.errors import FencedError
+from chiar_megatron.metrics import goodput
 from chiar_megatron.metrics.alarms import RoutingAlarms
 from chiar_megatron.metrics.jsonl import read_events, read_metrics
 from chiar_megatron.metrics.meters import Throughput, device_peak, mfu
@@ -85,11 +87,15 @@ def _routing_line(model: ModelConfig, training: TrainingConfig) -> str:
 class Reporter:
     """Collects the figures of each step and writes them every `logging.log_interval_steps`."""
 
-    def __init__(self, config: RunConfig, world: World, run_dir: Path, step: int, tokens_seen: int) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, claim: Claim, step: int, tokens_seen: int, began: float
+    ) -> None:
+        """began: when this process did, by the monotonic clock."""
         self.config = config
         self.world = world
         self.bad_steps = 0
         self.throughput = Throughput(config.training.steps, time.monotonic(), step=step)
+        self.clock = goodput.WorkClock(began, time.monotonic())
         self.progress = ProgressLine(config.training.steps, sys.stdout.isatty())
         self.writers: MultiWriter | None = None
         self.restarts = 0
@@ -97,20 +103,26 @@ class Reporter:
         self.alarms = RoutingAlarms([number for number, kind in enumerate(kinds, 1) if kind == "R"])
         self.traces: TraceWriter | None = None
         if world.is_main:
-            self.writers = open_writers(run_dir, config.logging, step, to_dict(config))
+            self.writers = open_writers(claim, config.logging, step, to_dict(config))
             self.restarts = self.writers.restarts
+            self.times(step)
             if step > 0:
-                self.alarms.replay(read_metrics(run_dir), read_events(run_dir), step)
+                self.alarms.replay(read_metrics(claim.run_dir), read_events(claim.run_dir), step)
             if config.logging.routing_traces:
-                self.traces = TraceWriter(run_dir, config.logging.routing_traces, step)
+                self.traces = TraceWriter(claim, config.logging.routing_traces, step)
             for line in describe(config, world):
                 self.say(line)
             if step > 0:
                 self.say(f"continuing after step {step} ({tokens_seen:,} tokens)")
 
-    def pause(self, seconds: float) -> None:
+    def pause(self, seconds: float, cause: Literal["save", "evaluation"]) -> None:
         """Time that is not training's."""
         self.throughput.pause(seconds)
+        self.clock.pause(seconds, cause)
+
+    def times(self, step: int) -> None:
+        """Tell what the time of this attempt went into so far."""
+        self.event(goodput.EVENT, step=step, **self.clock.times(time.monotonic()))
 
     def is_due(self, step: int) -> bool:
         """Whether a record follows this step by its number alone; every rank answers alike."""
@@ -119,6 +131,10 @@ class Reporter:
     def step(self, step: int, tokens_seen: int, result: StepResult, validation: dict[str, float]) -> None:
         """Report one finished step."""
         self.throughput.add_tokens(result.sums.tokens)
+        now = time.monotonic()
+        self.clock.step_done(now)
+        if self.clock.is_due(now):
+            self.times(step)
         self._watch(step, result)
         if self.writers is None or not (self.is_due(step) or validation):
             return
@@ -177,6 +193,8 @@ class Reporter:
             return
         try:
             self.traces.write(step, result.sums.traces)
+        except FencedError:  # all ranks together learn of it soon
+            self.traces = None
         except OSError as error:
             _log.warning("routing traces cannot be written (%s); training goes on without them", error)
             self.traces = None

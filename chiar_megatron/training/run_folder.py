@@ -8,16 +8,16 @@ import os
 import platform
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from chiar_megatron import __version__
-from chiar_megatron.checkpoint.files import write_durably
+from chiar_megatron.checkpoint.claim import Claim
 from chiar_megatron.config.load import dump_config
 from chiar_megatron.config.schema import RunConfig
-from chiar_megatron.errors import ChiarError
+from chiar_megatron.errors import ChiarError, FencedError
+from chiar_megatron.metrics.goodput import GOODPUT_FILE, measure_goodput
 from chiar_megatron.runtime.installed import code_version
 
 _log = logging.getLogger(__name__)
@@ -26,30 +26,44 @@ _log = logging.getLogger(__name__)
 class RunFolder:
     """Paths of one run, and what rank 0 writes there besides metrics and checkpoints."""
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.path = claim.run_dir
         self.checkpoints = self.path / "checkpoints"
 
     def write_start(self, world_size: int) -> None:
-        """Make the folder and write `environment.json`. Raises ChiarError if it cannot."""
+        """Write `environment.json`. Raises ChiarError if it cannot."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_durably(self.path / "environment.json", json.dumps(_environment(world_size), indent=1))
-            (self.path / "exit.json").unlink(missing_ok=True)
+            self.claim.write(self.path / "environment.json", json.dumps(_environment(world_size), indent=1))
+            self.claim.discard(self.path / "exit.json")
         except OSError as error:
             raise ChiarError(f"run_dir {self.path} cannot be written: {error}; choose another") from None
 
     def write_config(self, config: RunConfig) -> None:
         """Write `config.yaml`, resolved; once it is known to fit what the folder holds. Raises OSError."""
-        write_durably(self.path / "config.yaml", dump_config(config))
+        self.claim.write(self.path / "config.yaml", dump_config(config))
 
     def write_exit(self, reason: str, step: int, exit_code: int) -> None:
-        """Write why the run ended; an attempt killed before this leaves no `exit.json`."""
-        record = {"reason": reason, "step": step, "exit_code": exit_code, "unix_seconds": time.time()}
+        """Write why the run ended; an attempt killed before this leaves no `exit.json`, and
+        one that a newer attempt has overtaken must not."""
+        record = {"attempt": self.claim.number, "reason": reason, "step": step, "exit_code": exit_code}
+        record["unix_seconds"] = time.time()
         try:
-            write_durably(self.path / "exit.json", json.dumps(record))
+            self.claim.write(self.path / "exit.json", json.dumps(record))
+        except FencedError:
+            return
         except OSError as error:
             _log.warning("exit reason not recorded: %s", error)
+
+    def write_goodput(self) -> None:
+        """Write `goodput.json`: where the time of all attempts so far went (see `metrics/goodput.py`)."""
+        record = measure_goodput(self.path).record()
+        try:
+            self.claim.write(self.path / GOODPUT_FILE, json.dumps(record, indent=1))
+        except FencedError:
+            return
+        except OSError as error:
+            _log.warning("goodput not recorded: %s", error)
 
 
 def _environment(world_size: int) -> dict[str, Any]:

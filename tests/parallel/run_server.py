@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ class RunServer:
         """End the server."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -117,6 +121,11 @@ def main() -> None:
         print(json.dumps(codes), flush=True)
 
 
+def stand_still(*_: object) -> None:
+    """A rank that got SIGUSR2 does this wherever it was: stuck in Python, its other threads running."""
+    time.sleep(1000)
+
+
 def _fork(cli: Any, request: dict[str, Any], rank: int, port: int) -> int:
     pid = os.fork()
     if pid:
@@ -124,6 +133,7 @@ def _fork(cli: Any, request: dict[str, Any], rank: int, port: int) -> int:
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGUSR2, stand_still)
         log = os.open(f"{request['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -59,7 +59,7 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 def half_written(run_dir: Path) -> list[str]:
     """Folders of saves under way, or of killed ones."""
-    return [path.name for path in (run_dir / "checkpoints").glob(".step_*.tmp")]
+    return [path.name for path in (run_dir / "attempts").glob("*/step_*")]
 
 
 def alive_in_sessions(pids: list[int]) -> list[int]:

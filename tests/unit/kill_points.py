@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from chiar_megatron.checkpoint.claim import claim_run
 from chiar_megatron.checkpoint.store import CheckpointStore, load_state, make_info
 from chiar_megatron.config.schema import CheckpointConfig
 from chiar_megatron.runtime.distributed import single_process_world
@@ -37,8 +38,8 @@ def read(folder: Path) -> tuple[float, float]:
 
 
 def store(folder: Path) -> CheckpointStore:
-    """The store under test."""
-    return CheckpointStore(folder, CheckpointConfig(keep_last=KEEP))
+    """The store under test, as a new attempt of the run opens it."""
+    return CheckpointStore(folder / "checkpoints", CheckpointConfig(keep_last=KEEP), claim_run(folder))
 
 
 def save(folder: Path, step: int) -> None:
@@ -46,8 +47,8 @@ def save(folder: Path, step: int) -> None:
     store(folder).save(state(float(step)), make_info(step, 0, False, {}, {}))
 
 
-def die_at(number: int, folder: Path) -> None:
-    """Kill this process at its `number`-th dealing with files in the folder."""
+def signal_at(number: int, folder: Path, sent: signal.Signals) -> None:
+    """Kill or stop this process at its `number`-th dealing with files in the folder."""
     seen = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -55,7 +56,7 @@ def die_at(number: int, folder: Path) -> None:
         if event in TOLD and str(arguments[0]).startswith(str(folder)):
             seen += 1
             if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), sent)
 
     sys.addaudithook(count)
 
@@ -73,7 +74,7 @@ def main(root: Path) -> None:
             try:
                 single_process_world("cpu")
                 save(folder, 1)
-                die_at(number, folder)
+                signal_at(number, folder, signal.SIGKILL)
                 save(folder, 2)
                 code = 0
             finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from chiar_megatron.checkpoint.claim import claim_run
 from chiar_megatron.config.schema import LoggingConfig
 from chiar_megatron.metrics.writers import open_writers
 
@@ -39,7 +40,7 @@ def balance(step: int) -> dict[str, Any]:
 
 
 def write_run(run_dir: Path, steps: range, resume_step: int = 0, **logging: Any) -> None:
-    writers = open_writers(run_dir, LoggingConfig(**logging), resume_step, RECIPE)
+    writers = open_writers(claim_run(run_dir), LoggingConfig(**logging), resume_step, RECIPE)
     for step in steps:
         more = balance(step) if "wandb_project" in logging else {}
         writers.log(step, {**figures(step), **more})

@@ -46,28 +46,31 @@ def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path) ->
     assert points > 20
     found = []
     for number in range(1, points + 1):
-        folder = tmp_path / str(number)
-        chosen = store(folder).find()
+        run_dir, folder = tmp_path / str(number), tmp_path / str(number) / "checkpoints"
+        chosen = store(run_dir).find()
         assert chosen.folder is not None and chosen.problems == [], (number, chosen.problems)
         step = int(chosen.folder.name[-1])
         assert read(chosen.folder) == (step, step)
         for kept in complete_steps(folder):
-            assert store(folder).verify(step_folder(folder, kept)) is None
+            assert store(run_dir).verify(step_folder(folder, kept)) is None
         assert (folder / "latest").read_text() == f"step_0000000{step}\n"
         assert resolve_checkpoint(folder) == chosen.folder
-        save(folder, 3)
+        save(run_dir, 3)
         assert {p.name for p in folder.iterdir()} == {"latest", "step_00000003"}
+        assert {p.name for p in run_dir.iterdir()} == {"checkpoints", "attempts"}
+        attempts = [path for path in (run_dir / "attempts").iterdir()]
+        assert len(attempts) == 1 and list(attempts[0].iterdir()) == []
         found.append(step)
     assert found == sorted(found) and set(found) == {1, 2}
 
 
 def test_a_save_replaces_a_torn_folder_of_its_step(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    torn = step_folder(tmp_path, 2)
+    torn = step_folder(tmp_path / "checkpoints", 2)
     torn.mkdir()
     (torn / "common.pt").write_text("half")
     save(tmp_path, 2)
-    assert read(step_folder(tmp_path, 2)) == (2, 2)
+    assert read(torn) == (2, 2)
 
 
 def test_another_tensor_shape_is_one_line(tmp_path: Path) -> None:
@@ -78,7 +81,7 @@ def test_another_tensor_shape_is_one_line(tmp_path: Path) -> None:
     wanted.global_shape = wanted.local_shape = (4, 3)
     wanted.data = wanted.data[:4]
     with pytest.raises(CheckpointError, match="does not fit this model: .*weight") as error:
-        load_state(step_folder(tmp_path, 1), {"weight": wanted})
+        load_state(step_folder(tmp_path / "checkpoints", 1), {"weight": wanted})
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -92,7 +95,7 @@ def test_one_save_at_a_time_and_the_last_wins(tmp_path: Path) -> None:
     tensor["weight"].data.zero_()  # training goes on
     commit = saves.finish()
     assert commit is not None and commit.step == 7
-    assert read(step_folder(tmp_path, 7)) == (7, 7)
+    assert read(step_folder(tmp_path / "checkpoints", 7)) == (7, 7)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_times_are_the_checkpoints_own_not_the_files(tmp_path: Path) -> None:
         save(tmp_path / "a", step)
         os.makedirs(tmp_path / "b", exist_ok=True)
         kept = step_folder(tmp_path / "b", step)
-        step_folder(tmp_path / "a", step).rename(kept)
+        step_folder(tmp_path / "a" / "checkpoints", step).rename(kept)
         info = json.loads((kept / "checkpoint.json").read_text())
         (kept / "checkpoint.json").write_text(json.dumps({**info, "created_unix_seconds": minute * 60.0}))
     config = CheckpointConfig(keep_last=1, keep_every_minutes=15)
@@ -177,11 +180,3 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(torn)
         with pytest.raises(CheckpointError, match=r"manifest.json is torn"):
             read_manifest(tmp_path)
-
-
-def test_a_save_clears_what_a_killed_one_left(tmp_path: Path) -> None:
-    left = tmp_path / ".step_00000001.tmp"
-    left.mkdir()
-    (left / "__0_0.distcp").write_text("half")
-    save(tmp_path, 1)
-    assert {p.name for p in tmp_path.iterdir()} == {"latest", "step_00000001"}

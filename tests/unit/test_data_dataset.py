@@ -247,10 +247,14 @@ def test_the_cache_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cache/epoch cannot be written: No space left"):
         cached_folder(target, fail, build=True)
     assert list(target.parent.iterdir()) == []
-    target.with_name("epoch.tmp").mkdir()  # what a killed run leaves
-    (target.with_name("epoch.tmp") / "half").touch()
-    cached_folder(target, lambda folder: (folder / "whole").touch(), build=True)
-    assert [path.name for path in target.iterdir()] == ["whole"]
+
+    def build(folder: Path) -> None:
+        (folder / "whole").touch()
+        # Another run builds it meanwhile.
+        cached_folder(target, lambda other: (other / "whole").touch(), build=True)
+
+    cached_folder(target, build, build=True)
+    assert list(target.parent.rglob("*")) == [target, target / "whole"]
     cached_folder(target, fail, build=True)
 
 

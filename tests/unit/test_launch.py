@@ -246,6 +246,17 @@ def test_all_ranks_find_each_other_and_missing_ones_are_named():
     assert "rank 1 on" in told[1] and "could not reach rank 0 at 127.0.0.1:" in told[1]
 
 
+def test_hosts_that_did_not_come_in_full_are_named():
+    from chiar_megatron.runtime.rendezvous import rendezvous
+
+    hosts = (("n0", 1), ("n1", 2), ("n2", 4))
+    env = ProcessEnv(rank=0, world_size=7, host="n0", hosts=hosts, master_port=free_port())
+    with pytest.raises(
+        LaunchError, match=r"ranks 1-6 of 7 \(came from n1 0 of 2, n2 0 of 4\) did not appear"
+    ):
+        rendezvous(env, 0.2)
+
+
 @pytest.mark.parametrize("listen_at", ["127.0.0.1", "0.0.0.0"])
 def test_a_port_in_use_is_named(listen_at):
     from chiar_megatron.runtime.rendezvous import rendezvous

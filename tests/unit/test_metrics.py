@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from chiar_megatron.checkpoint.claim import claim_run
 from chiar_megatron.config.schema import LoggingConfig
 from chiar_megatron.errors import ChiarError, ConfigError
 from chiar_megatron.metrics.jsonl import read_events, read_metrics
@@ -130,7 +131,7 @@ def test_jsonl_holds_what_was_logged(tmp_path: Path) -> None:
 
 
 def test_nonfinite_numbers_stay_valid_json_and_are_named(tmp_path: Path) -> None:
-    writers = open_writers(tmp_path, LoggingConfig(), 0, RECIPE)
+    writers = open_writers(claim_run(tmp_path), LoggingConfig(), 0, RECIPE)
     writers.log(
         1, {"loss": math.nan, "grad_norm": math.inf, "routed_fraction": [0.5, math.nan], "gate": None}
     )
@@ -186,8 +187,9 @@ def test_lines_survive_kill_9(tmp_path: Path) -> None:
 import os, signal
 from pathlib import Path
 from chiar_megatron.config.schema import LoggingConfig
+from chiar_megatron.checkpoint.claim import claim_run
 from chiar_megatron.metrics.writers import open_writers
-writers = open_writers(Path({str(tmp_path)!r}), LoggingConfig(), 0, {RECIPE!r})
+writers = open_writers(claim_run(Path({str(tmp_path)!r})), LoggingConfig(), 0, {RECIPE!r})
 writers.log(1, {{"loss": 1.0}})
 writers.event("save", step=1)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -200,7 +202,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_events_outlive_resumes_and_count_restarts(tmp_path: Path) -> None:
     write_run(tmp_path, range(1, 3))
-    writers = open_writers(tmp_path, LoggingConfig(), 1, RECIPE)
+    writers = open_writers(claim_run(tmp_path), LoggingConfig(), 1, RECIPE)
     writers.event("exit", reason="SIGTERM", code=75)
     writers.close()
     assert writers.restarts == 1
@@ -213,7 +215,7 @@ def test_events_outlive_resumes_and_count_restarts(tmp_path: Path) -> None:
 def test_full_disk_warns_once_and_leaves_whole_lines(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    writers = open_writers(tmp_path, LoggingConfig(), 0, RECIPE)
+    writers = open_writers(claim_run(tmp_path), LoggingConfig(), 0, RECIPE)
     writers.log(1, figures(1))
     size = (tmp_path / "metrics.jsonl").stat().st_size
     with caplog.at_level(python_logging.WARNING), disk_full_after(size + 20):  # 20 bytes of step 2 still fit
@@ -232,8 +234,9 @@ def test_full_disk_under_tensorboard_does_not_stop_the_run(tmp_path: Path) -> No
 import resource, signal
 from pathlib import Path
 from chiar_megatron.config.schema import LoggingConfig
+from chiar_megatron.checkpoint.claim import claim_run
 from chiar_megatron.metrics.writers import open_writers
-writers = open_writers(Path({str(tmp_path)!r}), LoggingConfig(tensorboard=True), 0, {RECIPE!r})
+writers = open_writers(claim_run(Path({str(tmp_path)!r})), LoggingConfig(tensorboard=True), 0, {RECIPE!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for step in range(1, 40):
     writers.log(step, {{"loss": 1.0}})
@@ -249,8 +252,8 @@ print("trained on")
 
 def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ChiarError, match="run_dir=.*choose another") as caught:
-        open_writers(tmp_path / "file" / "run", LoggingConfig(), 0, RECIPE)
+    with pytest.raises(ChiarError, match="run_dir .*choose another") as caught:
+        open_writers(claim_run(tmp_path / "file" / "run"), LoggingConfig(), 0, RECIPE)
     assert "\n" not in str(caught.value)
 
 
@@ -289,9 +292,10 @@ def test_missing_tensorboard_names_the_remedy(tmp_path: Path) -> None:
 from pathlib import Path
 from chiar_megatron.config.schema import LoggingConfig
 from chiar_megatron.errors import ConfigError
+from chiar_megatron.checkpoint.claim import claim_run
 from chiar_megatron.metrics.writers import open_writers
 try:
-    open_writers(Path({str(tmp_path / "run")!r}), LoggingConfig(tensorboard=True), 0, {RECIPE!r})
+    open_writers(claim_run(Path({str(tmp_path / "run")!r})), LoggingConfig(tensorboard=True), 0, {RECIPE!r})
 except ConfigError as error:
     print(error)
 """

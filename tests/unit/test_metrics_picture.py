@@ -10,6 +10,7 @@ import numpy
 import pytest
 from matplotlib.image import imread
 
+from chiar_megatron.checkpoint.claim import claim_run
 from chiar_megatron.config.schema import LoggingConfig
 from chiar_megatron.errors import ChiarError
 from chiar_megatron.metrics.picture import draw_run
@@ -70,7 +71,7 @@ def test_picture_with_the_twin(tmp_path: Path) -> None:
 
 
 def test_picture_of_balance(tmp_path: Path) -> None:
-    writers = open_writers(tmp_path, LoggingConfig(), 0, RECIPE)
+    writers = open_writers(claim_run(tmp_path), LoggingConfig(), 0, RECIPE)
     for step in range(1, 20):
         told = balance(step) if step > 1 else {"rank_max_over_mean": [1.0, 1.0], "rank_seconds": {}}
         writers.log(step, {**figures(step), **told})
@@ -93,7 +94,7 @@ def test_picture_of_balance(tmp_path: Path) -> None:
 
 
 def test_picture_of_many_layers_has_a_colour_bar(tmp_path: Path) -> None:
-    writers = open_writers(tmp_path, LoggingConfig(), 0, {"model": {"schedule": "D R*26 A"}})
+    writers = open_writers(claim_run(tmp_path), LoggingConfig(), 0, {"model": {"schedule": "D R*26 A"}})
     for step in range(1, 20):
         writers.log(step, {**figures(step), "routed_fraction": [i / 26 for i in range(26)]})
     writers.close()
@@ -103,7 +104,7 @@ def test_picture_of_many_layers_has_a_colour_bar(tmp_path: Path) -> None:
 
 
 def test_picture_says_what_a_run_does_not_have_and_skips_bad_steps(tmp_path: Path) -> None:
-    writers = open_writers(tmp_path, LoggingConfig(), 0, {"model": {"schedule": "A*4"}})
+    writers = open_writers(claim_run(tmp_path), LoggingConfig(), 0, {"model": {"schedule": "A*4"}})
     for step in range(1, 6):
         loss = math.nan if step == 3 else 5.0
         writers.log(step, {"loss": loss, "tokens_per_second": 10.0, "gate": None, "routed_fraction": []})

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from chiar_megatron.checkpoint.claim import claim_run
 from chiar_megatron.cli import main
 from chiar_megatron.config.load import resolve_config
 from chiar_megatron.config.schema import ModelConfig, ParallelConfig, RouterConfig, RunConfig
@@ -214,23 +215,23 @@ def test_a_recipe_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_newest_sequences_are_kept_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     step = traced(gaussian(4), 0.0, [0] * 4)
-    writer = TraceWriter(tmp_path, 10, 0)
+    writer = TraceWriter(claim_run(tmp_path), 10, 0)
     for number in range(10, 60, 10):
         writer.write(number, step)
     files = sorted(path.name for path in (tmp_path / "routing_traces").iterdir())
     assert files == [f"step_{number:08d}.npz" for number in (30, 40, 50)]
-    TraceWriter(tmp_path, 10, 40)  # continued from step 40
+    TraceWriter(claim_run(tmp_path), 10, 40)  # continued from step 40
     kept = read_traces(tmp_path)
     assert len(kept) == 2 and np.array_equal(kept[0].histogram, step.histogram)
     (tmp_path / "routing_traces" / files[0]).write_bytes(b"PK not really")
     with pytest.raises(ChiarError, match="step_00000030.npz is damaged"):
         read_traces(tmp_path)
-    TraceWriter(tmp_path, 10, 40).write(50, step)  # a damaged trace does not stop a run
+    TraceWriter(claim_run(tmp_path), 10, 40).write(50, step)  # a damaged trace does not stop a run
     assert json.dumps(simulate(run_config(), read_traces(tmp_path), (8,)).as_dict())
 
 
 def test_chiar_plan_simulates_a_runs_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    TraceWriter(tmp_path, 100, 0).write(10, traced(gaussian(40), 0.0, [0] * 40))
+    TraceWriter(claim_run(tmp_path), 100, 0).write(10, traced(gaussian(40), 0.0, [0] * 40))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: {schedule: 'D R*3 A', hidden_size: 64, vocab_size: 100, seq_length: 512,\n"

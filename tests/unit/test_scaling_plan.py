@@ -176,6 +176,14 @@ def test_submit_runs_what_is_left_and_collect_tells_every_state(base, tmp_path, 
     before = exit_file.stat().st_mtime_ns
     shutil.rmtree(chiar.run_dir)
     assert status(folder, capsys) == {twin.name: "finished", chiar.name: "missing"}
+    (tmp_path / "cluster.yaml").write_text("gpus_per_node: 1\n")
+    slurm = ["--slurm", f"--cluster={tmp_path}/cluster.yaml", "--throttle=1", "--dry-run"]
+    assert main(["scaling", "submit", str(folder), *slurm]) == 0
+    shown = capsys.readouterr()
+    assert "#SBATCH --array=0-0%1" in shown.out and f"RUN_DIRS=({chiar.run_dir})" in shown.out
+    assert f"{twin.name} is finished: left out" in shown.err
+    assert main(["scaling", "submit", str(folder), "--throttle=1"]) == 2
+    assert "give --slurm too" in capsys.readouterr().err
     assert main(["scaling", "submit", str(folder)]) == 0
     assert exit_file.stat().st_mtime_ns == before  # the finished one was not run again
     assert status(folder, capsys)[chiar.name] == "finished"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chiar_megatron.cluster.attempts import LOST, begin_attempt, end_attempt
+from chiar_megatron.cluster.attempts import LOST, Ending, begin_attempt, end_attempt
 from chiar_megatron.cluster.site import load_cluster
 from chiar_megatron.errors import ChiarError, ConfigError
 
@@ -53,8 +53,8 @@ def test_a_wrong_cluster_file_names_each_key(tmp_path: Path) -> None:
     assert "quote it" in text
 
 
-def write_exit(run_dir: Path, reason: str) -> None:
-    record = {"reason": reason, "step": 5, "exit_code": 75, "unix_seconds": 4e9}
+def write_exit(run_dir: Path, reason: str, number: int = 1) -> None:
+    record = {"attempt": number, "reason": reason, "step": 5, "exit_code": 75}
     (run_dir / "exit.json").write_text(json.dumps(record))
 
 
@@ -64,11 +64,14 @@ def write_exit(run_dir: Path, reason: str) -> None:
         ("done", "", "stop: done"),
         ("stop file", "", "stop: stop file"),
         ("not finite: loss", "", "stop: not finite"),
+        ("hang: rank 1 on n1", "", "requeue: hang"),
         ("SIGTERM", "JobState=CANCELLED", "stop: scancel"),
-        ("SIGTERM", "JobState=PREEMPTED", "wait: preemption"),
+        ("SIGTERM", "JobState=PREEMPTED", "requeue: preemption"),
+        ("SIGTERM", "JobState=PREEMPTED Restarts=1", "wait: preemption"),
         ("SIGTERM", f"{ENDING}00:01:05", "stop: scancel"),
         ("SIGTERM", f"{ENDING}00:10:03", "requeue: time limit"),
-        ("SIGTERM", "JobState=PENDING", "wait: node failure or requeue"),
+        ("SIGTERM", f"{ENDING}00:10:03 Restarts=1", "wait: requeue"),
+        ("error: gloo", "JobState=COMPLETING Restarts=1", "wait: requeue"),
         (
             "SIGUSR1",
             f"{RUNNING}2001-01-01T00:00:00",
@@ -87,18 +90,42 @@ def write_exit(run_dir: Path, reason: str) -> None:
     ],
 )
 def test_what_follows_an_attempt(tmp_path: Path, said: str, facts: str, verdict: str) -> None:
-    begin_attempt(tmp_path, 3, {})
+    number = begin_attempt(tmp_path, 3, {})
     write_exit(tmp_path, said)
-    assert str(end_attempt(tmp_path, 75, "", facts, 120, 3)) == verdict
+    assert str(end_attempt(tmp_path, number, Ending(75, job_facts=facts), 3)) == verdict
+
+
+def test_a_hang_in_one_place_is_tried_again_once(tmp_path: Path) -> None:
+    for action in ("requeue", "stop"):
+        number = begin_attempt(tmp_path, 5, {})
+        write_exit(tmp_path, "hang: rank 1 on n1", number)
+        assert end_attempt(tmp_path, number, Ending(1), 5).action == action
 
 
 def test_failures_in_one_place_stop_the_run(tmp_path: Path) -> None:
     begin_attempt(tmp_path, 3, {})  # is lost
-    begin_attempt(tmp_path, 3, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    assert begin_attempt(tmp_path, 3, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}) == 2
     lines = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
     assert [line.get("reason") for line in lines] == [None, LOST, None]
-    assert end_attempt(tmp_path, 1, "", "", 120, 3).action == "requeue"
+    assert end_attempt(tmp_path, 2, Ending(1), 3).action == "requeue"
     begin_attempt(tmp_path, 3, {})
-    assert end_attempt(tmp_path, 1, "", "", 120, 3).action == "stop"
+    assert end_attempt(tmp_path, 3, Ending(1), 3).action == "stop"
     with pytest.raises(ChiarError, match="3 attempts in a row failed after step 0"):
         begin_attempt(tmp_path, 3, {})
+
+
+@pytest.mark.parametrize(
+    ("job", "restart", "action"),
+    [("7", "1", "requeue"), ("7", "0", "stop"), ("8", "0", "stop"), (None, "0", "stop")],
+)
+def test_a_copy_that_gave_way_records_nothing(
+    tmp_path: Path, job: str | None, restart: str, action: str
+) -> None:
+    """It goes on only if the other is an older start of its own job, which SLURM believes dead."""
+    environ = {"SLURM_RESTART_COUNT": restart, **({"SLURM_JOB_ID": job} if job else {})}
+    number = begin_attempt(tmp_path, 3, environ)
+    begin_attempt(tmp_path, 3, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"})
+    before = (tmp_path / "attempts.jsonl").read_text()
+    verdict = end_attempt(tmp_path, number, Ending(2), 3, environ)
+    assert verdict.action == action and "attempt 1 gives way to attempt 2" in verdict.reason
+    assert (tmp_path / "attempts.jsonl").read_text() == before

@@ -1,0 +1,122 @@
+"""Two copies of one run at a time, fewer nodes than before, sites without requeue, runs that keep failing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests.parallel.tiny_run import losses, records
+from tests.slurm.cluster_run import STEPS, ClusterRun, cluster_run, end_job, same_as
+from tests.slurm.mini_cluster import MiniCluster
+
+
+def test_a_partitioned_copy_gives_way_and_mixes_nothing(
+    cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path
+) -> None:
+    """The job's nodes are cut off from SLURM, which starts it elsewhere while the old ranks train on."""
+    run = cluster_run(cluster, tmp_path, data)
+    cut_off: list[str] = []
+    try:
+        run.submit("--nodes", "2")
+        run.wait_for_steps(4)
+        cut_off = run.nodes()
+        for node in cut_off:
+            cluster.partition(node)
+        old = [rank for node in cut_off for rank in run.ranks_on(node)]
+        assert len(old) == 4
+        for node in cut_off:
+            cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=partition")
+        lines = run.lines()
+        run.wait_until(lambda: run.lines() > lines, "still training, cut off")
+        run.wait_until(lambda: len(run.attempts("begin")) == 2, "started elsewhere")
+        # Nobody can end the old ranks; they learn of the newer attempt from the run folder.
+        gone, alive = psutil.wait_procs(old, timeout=100)
+        assert alive == []
+        for node in cut_off:
+            cluster.heal(node)  # and the old batch script goes on
+        run.finish()
+    finally:
+        for node in cut_off:
+            cluster.heal(node)
+        end_job(cluster, run.job)
+    same_as(run, calm)
+    begins = run.attempts("begin")
+    assert [(b["attempt"], b["job"], b["restart"]) for b in begins] == [(1, run.job, 0), (2, run.job, 1)]
+    assert [end["reason"] for end in run.attempts()] == ["lost with its node", "done"]
+    assert "attempt 1 gives way to attempt 2" in run.output()
+    resumed = [record["step"] for record in records(run.run_dir, "events") if record["event"] == "resume"]
+    assert len(resumed) == 1
+    assert list((run.run_dir / "attempts").iterdir()) == [run.run_dir / "attempts" / "000002"]
+
+
+def test_an_elastic_run_goes_on_with_what_is_left(
+    cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path
+) -> None:
+    cluster.wait_until_idle()
+    run = cluster_run(cluster, tmp_path, data)
+    nodes: list[str] = []
+    cluster.command("scontrol", "update", "nodename=n[2-3]", "state=drain", "reason=no spare")
+    try:
+        run.submit("--nodes", "2", elastic=True)
+        run.wait_for_steps(4)
+        nodes = run.nodes()
+        assert nodes == ["n0", "n1"]
+        cluster.crash("n0")
+        run.wait_until(lambda: len(run.attempts("begin")) == 2, "started on one node")
+        assert run.nodes() == ["n1"]
+        run.finish()
+    finally:
+        end_job(cluster, run.job)
+        if nodes:
+            cluster.bring_up("n0")
+        cluster.command("scontrol", "update", "nodename=n[2-3]", "state=resume")
+    resume = next(r["step"] for r in records(run.run_dir, "events") if r["event"] == "resume")
+    found, expected = losses(run.run_dir), losses(calm.run_dir)
+    assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
+    for step in range(1, resume + 1):
+        assert found[step] == expected[step]
+    # The same weights and samples in another order of additions; then the weights drift apart by rounding.
+    assert abs(found[resume + 1][0] - expected[resume + 1][0]) < 1e-5
+    assert max(abs(found[s][0] - expected[s][0]) for s in range(resume + 1, resume + 6)) < 1e-4
+    output = run.output()
+    assert "tensor 2, pipeline 1, data 2" in output and "tensor 2, pipeline 1, data 1" in output
+
+
+def test_a_successor_is_submitted_where_requeue_is_forbidden(
+    cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path
+) -> None:
+    run = cluster_run(cluster, tmp_path, data)
+    jobs: list[str] = []
+    try:
+        jobs.append(run.submit("--nodes", "2", requeue=False) and run.job)
+        run.wait_for_steps(4)
+        assert cluster.job(run.job)["Requeue"] == "0"
+        cluster.command("scancel", "--signal=USR1", run.job)
+        run.wait_until(lambda: len(run.attempts("begin")) == 2, "a successor")
+        run.job = run.attempts("begin")[1]["job"]
+        jobs.append(run.job)
+        run.finish()
+    finally:
+        for job in jobs:
+            end_job(cluster, job)
+    assert len(set(jobs)) == 2 and [end["reason"] for end in run.attempts()] == ["signal", "done"]
+    same_as(run, calm)
+
+
+def test_a_run_that_keeps_failing_stops(cluster: MiniCluster, data: Path, tmp_path: Path) -> None:
+    """Its Python cannot start a rank; no allocation is burnt on it for ever."""
+    run = cluster_run(cluster, tmp_path, data)
+    python = tmp_path / "python"
+    real = f'exec "{sys.executable}" "$@"'
+    python.write_text(f'#!/bin/bash\n[ "$3" = pretrain ] && exit 3\n{real}\n')
+    python.chmod(0o755)
+    try:
+        run.submit("--nodes", "1", python=str(python), max_tries=2)
+        facts = cluster.wait_for(run.job, "FAILED")
+    finally:
+        end_job(cluster, run.job)
+    assert facts["Restarts"] == "1"
+    assert [(end["reason"], end["step"]) for end in run.attempts()] == [("failure", 0)] * 2
+    assert "2 attempts in a row failed after step 0" in run.output()

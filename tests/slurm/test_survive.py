@@ -1,0 +1,107 @@
+"""A run whose layers are shared by two nodes is disturbed in every way, and ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.tiny_run import records
+from tests.slurm.cluster_run import ClusterRun, cluster_run, end_job, same_as
+from tests.slurm.mini_cluster import MiniCluster
+
+
+def freeze_until_signalled(run: ClusterRun, nodes: list[str]) -> None:
+    """A limit is a minute at least, in which the run would come to its end: its ranks sleep meanwhile."""
+    ranks = [rank for node in nodes for rank in run.ranks_on(node)]
+    for rank in ranks:
+        rank.suspend()
+    statuses = [Path(f"/proc/{rank.pid}/status") for rank in ranks]
+    none_pending = f"ShdPnd:\t{0:016x}"
+    run.wait_until(lambda: any(none_pending not in path.read_text() for path in statuses), "signalled")
+    for rank in ranks:
+        rank.resume()
+
+
+def disturb(run: ClusterRun, how: str, node: int) -> None:
+    """Do it to the running job, and wait until its next attempt has begun."""
+    cluster, begun = run.cluster, len(run.attempts("begin"))
+    run.wait_for_steps(4)
+    nodes = run.nodes()
+    if how == "crash":
+        cluster.crash(nodes[node])
+    elif how == "preempt":
+        end = cluster.sbatch("-p", "urgent", "-N4", "--exclusive", "--wrap=sleep 1", "--output=/dev/null")
+    elif how == "limit":
+        cluster.command("scontrol", "update", f"jobid={run.job}", "TimeLimit=1")
+        freeze_until_signalled(run, nodes)
+    elif how == "requeue":
+        cluster.command("scontrol", "requeue", run.job)
+    else:
+        cluster.command("scancel", f"--signal={how}", run.job)
+    run.wait_until(lambda: len(run.attempts("begin")) > begun, f"started again after {how}")
+    if how == "crash":
+        cluster.bring_up(nodes[node])
+    elif how == "limit":
+        cluster.command("scontrol", "update", f"jobid={run.job}", "TimeLimit=10")
+    elif how == "preempt":
+        cluster.wait_for(end, "COMPLETED")
+
+
+@pytest.mark.timeout(900)
+def test_every_disturbance_is_told_and_leaves_no_trace(
+    cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path
+) -> None:
+    run = cluster_run(cluster, tmp_path, data)
+    ways = [
+        ("crash", 1, "node failure"),
+        ("preempt", 0, "preemption"),
+        ("requeue", 0, "requeue"),
+        ("USR1", 0, "signal"),
+    ]
+    try:
+        told = run.submit("--nodes", "2")
+        assert "prepares the data" in calm.told and "prepares the data" not in told
+        with pytest.raises(
+            AssertionError, match=rf"run_dir: job {run.job} is \w+ for it; wait, or `scancel`"
+        ):
+            run.submit("--nodes", "2")
+        for how, node, _ in ways:
+            disturb(run, how, node)
+        run.finish()
+    finally:
+        end_job(cluster, run.job)
+    assert [record["reason"] for record in run.attempts()] == [*(reason for *_, reason in ways), "done"]
+    assert [record["attempt"] for record in run.attempts("begin")] == [1, 2, 3, 4, 5]
+    same_as(run, calm)
+    # A node that is lost costs steps, but all others had time to save.
+    resumed: list[Any] = [r["step"] for r in records(run.run_dir, "events") if r["event"] == "resume"]
+    stopped = [record["step"] for record in run.attempts()][:-1]
+    assert resumed[1:] == stopped[1:] and resumed[0] <= stopped[0]
+    # Two nodes share each layer, and wandb's run is one.
+    assert "tensor-parallel" in told
+    assert len({path.name.rpartition("-")[2] for path in (run.run_dir / "wandb").glob("offline-run-*")}) == 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_time_limit_and_five_random_kills(
+    cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path
+) -> None:
+    dice = random.Random(20261127)
+    run = cluster_run(cluster, tmp_path, data)
+    try:
+        run.submit("--nodes", "2")
+        disturb(run, "limit", 0)
+        for _ in range(5):
+            disturb(run, "crash", dice.randrange(2))
+        run.finish()
+    finally:
+        end_job(cluster, run.job)
+    same_as(run, calm)
+    reasons = [record["reason"] for record in run.attempts()]
+    assert reasons[0] == "time limit" and reasons[-1] == "done"
+    assert set(reasons[1:-1]) <= {"node failure", "lost with its node"}
+    print(reasons)

@@ -119,7 +119,7 @@ class MiniCluster:
         """Bring it up and wait until every node is idle. Raises AssertionError with the logs' ends."""
         self._write_files()
         guard = [sys.executable, "-m", "tests.slurm.mini_cluster", self.environment["SLURM_CONF"]]
-        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, cwd=REPOSITORY)
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, cwd=REPOSITORY, start_new_session=True)
         files = {
             "key-file": "key",
             "socket": "socket",
@@ -306,11 +306,11 @@ def _free_ports(count: int) -> int:
 
 def main(conf: str) -> None:
     """The guard: wait until whoever brought the cluster up closes the pipe, or is gone; then end it."""
-    with suppress(KeyboardInterrupt):
-        sys.stdin.buffer.read()
+    sys.stdin.buffer.read()
     kill_all(conf)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     main(sys.argv[1])

@@ -32,13 +32,12 @@ SITE: dict[str, Any] = {
 }
 
 
-STEPS = 120
+STEPS = 90
 OPTIONS: Sections = {
     "training": {"steps": STEPS},
     "checkpoint": {"save_interval_steps": 3, "keep_last": 2},
     "parallel": {"tensor_model_parallel_size": 2},
     "runtime": {"device": "cpu", "threads_per_process": 1, "collective_timeout_seconds": 240.0},
-    "logging": {"wandb_project": "mini", "wandb_mode": "offline"},
 }
 
 

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.parallel.tiny_run import losses, records
 from tests.slurm.cluster_run import STEPS, ClusterRun, cluster_run, end_job, same_as
 from tests.slurm.mini_cluster import MiniCluster
+
+pytestmark = pytest.mark.timeout(900)  # the cluster and the calm run count for whoever needs them first
 
 
 def test_a_partitioned_copy_gives_way_and_mixes_nothing(

@@ -183,7 +183,9 @@ def _remove(fenced: Path) -> None:
             with suppress(FileNotFoundError):  # another attempt did
                 kept.rename(fenced.parent.parent / "checkpoints" / kept.name)
         shutil.rmtree(fenced, ignore_errors=True)
-        if not fenced.exists():
+        # NFS keeps what a process of this host has open, as .nfs…; such a process sees the rename at once.
+        left = [path for path in fenced.rglob("*") if not path.is_dir()]
+        if not fenced.exists() or (left and all(path.name.startswith(".nfs") for path in left)):
             return
         time.sleep(0.1)
     raise ChiarError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.parallel.tiny_run import losses, records
+from tests.parallel.tiny_run import Sections, losses, records, step_folder
 from tests.slurm.cluster_run import STEPS, ClusterRun, cluster_run, end_job, same_as
 from tests.slurm.mini_cluster import MiniCluster
 
@@ -106,6 +106,28 @@ def test_a_successor_is_submitted_where_requeue_is_forbidden(
             end_job(cluster, job)
     assert len(set(jobs)) == 2 and [end["reason"] for end in run.attempts()] == ["signal", "done"]
     same_as(run, calm)
+
+
+def test_a_user_stops_it(cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path) -> None:
+    """By the stop file, goes on by a second submission, and by scancel; each time it is saved."""
+    one_rank: Sections = {"parallel": {"tensor_model_parallel_size": 1}, "training": {"steps": 5000}}
+    run = cluster_run(cluster, tmp_path, data, one_rank)
+    try:
+        run.submit("--nodes", "1", gpus_per_node=1)
+        run.wait_for_steps(2)
+        (run.run_dir / "STOP").touch()
+        cluster.wait_for(run.job, "FAILED")  # not done
+        run.submit("--nodes", "1", gpus_per_node=1)
+        run.wait_for_steps(2)
+        cluster.command("scancel", run.job)
+        run.wait_until(lambda: len(run.attempts()) == 2, "ended")
+    finally:
+        end_job(cluster, run.job)
+    ends = run.attempts()
+    assert [end["reason"] for end in ends] == ["stop file", "scancel"]
+    assert not (run.run_dir / "STOP").exists()
+    assert all(step_folder(run.run_dir, end["step"]).is_dir() for end in ends)
+    assert losses(run.run_dir).keys() == set(range(1, ends[1]["step"] + 1))
 
 
 def test_a_run_that_keeps_failing_stops(cluster: MiniCluster, data: Path, tmp_path: Path) -> None:

@@ -104,8 +104,14 @@ def test_failures_in_one_place_stop_the_run(tmp_path: Path) -> None:
     assert [line.get("reason") for line in lines] == [None, LOST, None]
     assert end_attempt(tmp_path, 2, Ending(1), 3).action == "requeue"
     begin_attempt(tmp_path, 3, {})
-    assert end_attempt(tmp_path, 3, Ending(1), 3).action == "stop"
-    with pytest.raises(ChiarError, match="3 attempts in a row failed after step 0"):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert end_attempt(tmp_path, 3, Ending(1), 3).action == "requeue"  # it got further
+    for number in (4, 5):
+        assert begin_attempt(tmp_path, 3, {}) == number
+        (tmp_path / "metrics.jsonl").write_text("")  # no step of it was logged
+        verdict = end_attempt(tmp_path, number, Ending(1), 3)
+    assert verdict.action == "stop"
+    with pytest.raises(ChiarError, match="3 attempts in a row failed after step 1 or before"):
         begin_attempt(tmp_path, 3, {})
 
 

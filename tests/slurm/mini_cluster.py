@@ -277,7 +277,7 @@ def kill_all(conf: str, node: Optional[str] = None) -> None:
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     while True:
         found = [p for p in processes_of(conf, node) if p.pid not in spared and p.name() not in ("", None)]
-        found = [p for p in found if _alive(p)]
+        found = [p for p in found if alive(p)]
         if not found:
             return
         for process in sorted(found, key=lambda p: p.name().startswith("slurm")):
@@ -286,7 +286,8 @@ def kill_all(conf: str, node: Optional[str] = None) -> None:
         psutil.wait_procs(found, timeout=1.0)
 
 
-def _alive(process: psutil.Process) -> bool:
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that waits for its parent to take note of its end does not."""
     with suppress(psutil.Error):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     return False

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.parallel.tiny_run import Sections, losses, records, step_folder
 from tests.slurm.cluster_run import STEPS, ClusterRun, cluster_run, end_job, same_as
-from tests.slurm.mini_cluster import MiniCluster
+from tests.slurm.mini_cluster import MiniCluster, alive
 
 pytestmark = pytest.mark.timeout(900)  # the cluster and the calm run count for whoever needs them first
 
@@ -35,8 +34,7 @@ def test_a_partitioned_copy_gives_way_and_mixes_nothing(
         run.wait_until(lambda: run.lines() > lines, "still training, cut off")
         run.wait_until(lambda: len(run.attempts("begin")) == 2, "started elsewhere")
         # Nobody can end the old ranks; they learn of the newer attempt from the run folder.
-        gone, alive = psutil.wait_procs(old, timeout=100)
-        assert alive == []
+        run.wait_until(lambda: not any(map(alive, old)), "given way")
         for node in cut_off:
             cluster.heal(node)  # and the old batch script goes on
         run.finish()

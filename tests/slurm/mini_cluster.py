@@ -273,17 +273,35 @@ def processes_of(conf: str, node: Optional[str] = None) -> Iterator[psutil.Proce
 
 
 def kill_all(conf: str, node: Optional[str] = None) -> None:
-    """Kill -9 the daemons and tasks of a cluster or node, until none is left; whoever calls is spared."""
+    """Kill -9 the daemons and tasks of a cluster or node; whoever calls is spared.
+
+    All are frozen first, daemons before scripts and tasks: nobody sees another die and says goodbye.
+    """
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    while True:
-        found = [p for p in processes_of(conf, node) if p.pid not in spared and p.name() not in ("", None)]
-        found = [p for p in found if alive(p)]
-        if not found:
-            return
-        for process in sorted(found, key=lambda p: p.name().startswith("slurm")):
+
+    def living() -> list[psutil.Process]:
+        found = [p for p in processes_of(conf, node) if p.pid not in spared and alive(p)]
+        return sorted(found, key=_rank_in_a_crash)
+
+    frozen: set[int] = set()
+    while found := living():
+        for process in (p for p in found if p.pid not in frozen):
             with suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(found, timeout=1.0)
+                process.suspend()
+        if {p.pid for p in found} <= frozen:  # none was started meanwhile
+            for process in found:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(found, timeout=1.0)
+        frozen |= {p.pid for p in found}
+
+
+def _rank_in_a_crash(process: psutil.Process) -> int:
+    """Daemons first, then batch scripts, then tasks."""
+    with suppress(psutil.Error):
+        name = process.name()
+        return 1 if name.startswith("slurm_script") else 0 if name.startswith("slurm") else 2
+    return 2
 
 
 def alive(process: psutil.Process) -> bool:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import psutil
 
@@ -265,10 +265,11 @@ class MiniCluster:
 
 def processes_of(conf: str, node: Optional[str] = None) -> Iterator[psutil.Process]:
     """Processes of the cluster with this slurm.conf; of one node alone if it is given."""
+    wanted = {f"SLURM_CONF={conf}".encode(), *([f"SLURMD_NODENAME={node}".encode()] if node else [])}
     for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            environment: dict[str, Any] = process.environ()
-            if environment.get("SLURM_CONF") == conf and node in (None, environment.get("SLURMD_NODENAME")):
+        with suppress(OSError):
+            # psutil would stop at the first gap, and slurmstepd writes its title over the first variables.
+            if wanted <= set(Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")):
                 yield process
 
 

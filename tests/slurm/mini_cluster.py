@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
 APT_LINE = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 CPUS, GPUS = 8, 8  # of each node, whatever the machine has
-COMMAND_SECONDS = 60.0  # for each SLURM command
+COMMAND_SECONDS = 180.0  # for each command; `chiar submit` imports torch
 
 CONFIGURATION = """\
 ClusterName=mini

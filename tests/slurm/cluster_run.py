@@ -122,10 +122,10 @@ class ClusterRun:
 
 
 def end_job(cluster: MiniCluster, job: Optional[str]) -> None:
-    """Cancel what is left of a job."""
-    if job:
-        cluster.command("scancel", "--signal=KILL", "--full", job, check=False)
-        cluster.command("scancel", job, check=False)
+    """Cancel what is left of a job; of all, where its number was not told."""
+    which = job or "--user=root"
+    cluster.command("scancel", "--signal=KILL", "--full", which, check=False)
+    cluster.command("scancel", which, check=False)
 
 
 def cluster_run(cluster: MiniCluster, folder: Path, data: Path, *parts: Sections) -> ClusterRun:

@@ -179,11 +179,13 @@ def _fence(folder: Path) -> None:
 def _remove(fenced: Path) -> None:
     """Delete a fenced folder; what an older copy may still put there goes too, until it cannot."""
     for _ in range(_FENCE_TRIES):
-        for kept in (path for prefix in KEPT for path in fenced.glob(f"{prefix}*")):
-            with suppress(FileNotFoundError):  # another attempt did
-                kept.rename(fenced.parent.parent / "checkpoints" / kept.name)
+        with suppress(FileNotFoundError):  # another attempt did
+            for kept in (name for name in os.listdir(fenced) if name.startswith(KEPT)):
+                (fenced / kept).rename(fenced.parent.parent / "checkpoints" / kept)
         shutil.rmtree(fenced, ignore_errors=True)
-        if not fenced.exists():
+        # NFS keeps what a process of this host has open, as .nfs…; such a process sees the rename at once.
+        left = [name for _, _, names in os.walk(fenced) for name in names]
+        if not fenced.exists() or (left and all(name.startswith(".nfs") for name in left)):
             return
         time.sleep(0.1)
     raise ChiarError(

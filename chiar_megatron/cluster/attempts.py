@@ -123,14 +123,14 @@ def _superseded(run_dir: Path, job: Optional[str], restart: int, why: str) -> Ve
 
 
 def _fails_in_place(run_dir: Path, max_tries: int) -> Optional[str]:
-    """Why the run should not be tried again: its last `max_tries` attempts failed without a new step."""
+    """Why the run should not be tried again: its last `max_tries` attempts failed, and none got further."""
     ends = [record for record in _read(run_dir) if record["event"] == "end"][-max_tries:]
-    steps = {record["step"] for record in ends}
-    if len(ends) < max_tries or len(steps) > 1 or any(r["reason"] not in FAILURES for r in ends):
+    steps = [record["step"] for record in ends]
+    if len(ends) < max_tries or max(steps) > steps[0] or any(r["reason"] not in FAILURES for r in ends):
         return None
     return (
-        f"{run_dir}: {max_tries} attempts in a row failed after step {steps.pop()}; see its output, mend "
-        f"the cause, and remove {FILE} (or raise max_tries in cluster.yaml) to try again"
+        f"{run_dir}: {max_tries} attempts in a row failed after step {steps[0]} or before; see its output, "
+        f"mend the cause, and remove {FILE} (or raise max_tries in cluster.yaml) to try again"
     )
 
 

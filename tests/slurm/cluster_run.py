@@ -32,13 +32,12 @@ SITE: dict[str, Any] = {
 }
 
 
-STEPS = 120
+STEPS = 90
 OPTIONS: Sections = {
     "training": {"steps": STEPS},
     "checkpoint": {"save_interval_steps": 3, "keep_last": 2},
     "parallel": {"tensor_model_parallel_size": 2},
     "runtime": {"device": "cpu", "threads_per_process": 1, "collective_timeout_seconds": 240.0},
-    "logging": {"wandb_project": "mini", "wandb_mode": "offline"},
 }
 
 
@@ -123,10 +122,10 @@ class ClusterRun:
 
 
 def end_job(cluster: MiniCluster, job: Optional[str]) -> None:
-    """Cancel what is left of a job."""
-    if job:
-        cluster.command("scancel", "--signal=KILL", "--full", job, check=False)
-        cluster.command("scancel", job, check=False)
+    """Cancel what is left of a job; of all, where its number was not told."""
+    which = job or "--user=root"
+    cluster.command("scancel", "--signal=KILL", "--full", which, check=False)
+    cluster.command("scancel", which, check=False)
 
 
 def cluster_run(cluster: MiniCluster, folder: Path, data: Path, *parts: Sections) -> ClusterRun:

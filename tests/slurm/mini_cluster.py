@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import psutil
 
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
 APT_LINE = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 CPUS, GPUS = 8, 8  # of each node, whatever the machine has
-COMMAND_SECONDS = 60.0  # for each SLURM command
+COMMAND_SECONDS = 180.0  # for each command; `chiar submit` imports torch
 
 CONFIGURATION = """\
 ClusterName=mini
@@ -119,7 +119,7 @@ class MiniCluster:
         """Bring it up and wait until every node is idle. Raises AssertionError with the logs' ends."""
         self._write_files()
         guard = [sys.executable, "-m", "tests.slurm.mini_cluster", self.environment["SLURM_CONF"]]
-        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, cwd=REPOSITORY)
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, cwd=REPOSITORY, start_new_session=True)
         files = {
             "key-file": "key",
             "socket": "socket",
@@ -265,28 +265,48 @@ class MiniCluster:
 
 def processes_of(conf: str, node: Optional[str] = None) -> Iterator[psutil.Process]:
     """Processes of the cluster with this slurm.conf; of one node alone if it is given."""
+    wanted = {f"SLURM_CONF={conf}".encode(), *([f"SLURMD_NODENAME={node}".encode()] if node else [])}
     for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            environment: dict[str, Any] = process.environ()
-            if environment.get("SLURM_CONF") == conf and node in (None, environment.get("SLURMD_NODENAME")):
+        with suppress(OSError):
+            # psutil would stop at the first gap, and slurmstepd writes its title over the first variables.
+            if wanted <= set(Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")):
                 yield process
 
 
 def kill_all(conf: str, node: Optional[str] = None) -> None:
-    """Kill -9 the daemons and tasks of a cluster or node, until none is left; whoever calls is spared."""
+    """Kill -9 the daemons and tasks of a cluster or node; whoever calls is spared.
+
+    All are frozen first, daemons before scripts and tasks: nobody sees another die and says goodbye.
+    """
     spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    while True:
-        found = [p for p in processes_of(conf, node) if p.pid not in spared and p.name() not in ("", None)]
-        found = [p for p in found if _alive(p)]
-        if not found:
-            return
-        for process in sorted(found, key=lambda p: p.name().startswith("slurm")):
+
+    def living() -> list[psutil.Process]:
+        found = [p for p in processes_of(conf, node) if p.pid not in spared and alive(p)]
+        return sorted(found, key=_rank_in_a_crash)
+
+    frozen: set[int] = set()
+    while found := living():
+        for process in (p for p in found if p.pid not in frozen):
             with suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(found, timeout=1.0)
+                process.suspend()
+        if {p.pid for p in found} <= frozen:  # none was started meanwhile
+            for process in found:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(found, timeout=1.0)
+        frozen |= {p.pid for p in found}
 
 
-def _alive(process: psutil.Process) -> bool:
+def _rank_in_a_crash(process: psutil.Process) -> int:
+    """Daemons first, then batch scripts, then tasks."""
+    with suppress(psutil.Error):
+        name = process.name()
+        return 1 if name.startswith("slurm_script") else 0 if name.startswith("slurm") else 2
+    return 2
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that waits for its parent to take note of its end does not."""
     with suppress(psutil.Error):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     return False
@@ -306,11 +326,11 @@ def _free_ports(count: int) -> int:
 
 def main(conf: str) -> None:
     """The guard: wait until whoever brought the cluster up closes the pipe, or is gone; then end it."""
-    with suppress(KeyboardInterrupt):
-        sys.stdin.buffer.read()
+    sys.stdin.buffer.read()
     kill_all(conf)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     main(sys.argv[1])

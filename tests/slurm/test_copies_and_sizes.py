@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import psutil
+import pytest
 
-from tests.parallel.tiny_run import losses, records
+from tests.parallel.tiny_run import Sections, losses, records, step_folder
 from tests.slurm.cluster_run import STEPS, ClusterRun, cluster_run, end_job, same_as
-from tests.slurm.mini_cluster import MiniCluster
+from tests.slurm.mini_cluster import MiniCluster, alive
+
+pytestmark = pytest.mark.timeout(900)  # the cluster and the calm run count for whoever needs them first
 
 
 def test_a_partitioned_copy_gives_way_and_mixes_nothing(
@@ -32,8 +34,7 @@ def test_a_partitioned_copy_gives_way_and_mixes_nothing(
         run.wait_until(lambda: run.lines() > lines, "still training, cut off")
         run.wait_until(lambda: len(run.attempts("begin")) == 2, "started elsewhere")
         # Nobody can end the old ranks; they learn of the newer attempt from the run folder.
-        gone, alive = psutil.wait_procs(old, timeout=100)
-        assert alive == []
+        run.wait_until(lambda: not any(map(alive, old)), "given way")
         for node in cut_off:
             cluster.heal(node)  # and the old batch script goes on
         run.finish()
@@ -103,6 +104,28 @@ def test_a_successor_is_submitted_where_requeue_is_forbidden(
             end_job(cluster, job)
     assert len(set(jobs)) == 2 and [end["reason"] for end in run.attempts()] == ["signal", "done"]
     same_as(run, calm)
+
+
+def test_a_user_stops_it(cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path) -> None:
+    """By the stop file, goes on by a second submission, and by scancel; each time it is saved."""
+    one_rank: Sections = {"parallel": {"tensor_model_parallel_size": 1}, "training": {"steps": 5000}}
+    run = cluster_run(cluster, tmp_path, data, one_rank)
+    try:
+        run.submit("--nodes", "1", gpus_per_node=1)
+        run.wait_for_steps(2)
+        (run.run_dir / "STOP").touch()
+        cluster.wait_for(run.job, "FAILED")  # not done
+        run.submit("--nodes", "1", gpus_per_node=1)
+        run.wait_for_steps(2)
+        cluster.command("scancel", run.job)
+        run.wait_until(lambda: len(run.attempts()) == 2, "ended")
+    finally:
+        end_job(cluster, run.job)
+    ends = run.attempts()
+    assert [end["reason"] for end in ends] == ["stop file", "scancel"]
+    assert not (run.run_dir / "STOP").exists()
+    assert all(step_folder(run.run_dir, end["step"]).is_dir() for end in ends)
+    assert losses(run.run_dir).keys() == set(range(1, ends[1]["step"] + 1))
 
 
 def test_a_run_that_keeps_failing_stops(cluster: MiniCluster, data: Path, tmp_path: Path) -> None:

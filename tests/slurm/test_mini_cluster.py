@@ -48,7 +48,7 @@ def test_a_killed_test_run_leaves_no_daemon(cluster: MiniCluster, tmp_path: Path
     command = [sys.executable, "-c", code, str(folder)]
     running = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, start_new_session=True)
     assert running.stdout is not None and running.stdout.readline() == b"up\n"
-    os.kill(running.pid, signal.SIGKILL)
+    os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     deadline = time.monotonic() + 20
     while list(processes_of(str(folder / "slurm.conf"))):

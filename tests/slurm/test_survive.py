@@ -12,6 +12,8 @@ from tests.parallel.tiny_run import records
 from tests.slurm.cluster_run import ClusterRun, cluster_run, end_job, same_as
 from tests.slurm.mini_cluster import MiniCluster
 
+pytestmark = pytest.mark.timeout(900)  # the cluster and the calm run count for whoever needs them first
+
 
 def freeze_until_signalled(run: ClusterRun, nodes: list[str]) -> None:
     """A limit is a minute at least, in which the run would come to its end: its ranks sleep meanwhile."""
@@ -50,11 +52,10 @@ def disturb(run: ClusterRun, how: str, node: int) -> None:
         cluster.wait_for(end, "COMPLETED")
 
 
-@pytest.mark.timeout(900)
 def test_every_disturbance_is_told_and_leaves_no_trace(
     cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path
 ) -> None:
-    run = cluster_run(cluster, tmp_path, data)
+    run = cluster_run(cluster, tmp_path, data, {"logging": {"wandb_project": "m", "wandb_mode": "offline"}})
     ways = [
         ("crash", 1, "node failure"),
         ("preempt", 0, "preemption"),

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from chiar_megatron.cluster.attempts import LOST, Ending, begin_attempt, end_attempt
-from chiar_megatron.cluster.site import load_cluster
+from chiar_megatron.cluster.placement import Placement, place, place_on, spread_warnings
+from chiar_megatron.cluster.site import ClusterConfig, load_cluster
+from chiar_megatron.config.load import config_from_dict
+from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.errors import ChiarError, ConfigError
 
 RECIPE = "run_dir: run\nmodel: {hidden_size: 32, vocab_size: 97}\ndata: {train: [text], eod_token: 0}\n"
@@ -109,8 +112,14 @@ def test_failures_in_one_place_stop_the_run(tmp_path: Path) -> None:
     assert [line.get("reason") for line in lines] == [None, LOST, None]
     assert end_attempt(tmp_path, 2, Ending(1), 3).action == "requeue"
     begin_attempt(tmp_path, 3, {})
-    assert end_attempt(tmp_path, 3, Ending(1), 3).action == "stop"
-    with pytest.raises(ChiarError, match="3 attempts in a row failed after step 0"):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert end_attempt(tmp_path, 3, Ending(1), 3).action == "requeue"  # it got further
+    for number in (4, 5):
+        assert begin_attempt(tmp_path, 3, {}) == number
+        (tmp_path / "metrics.jsonl").write_text("")  # no step of it was logged
+        verdict = end_attempt(tmp_path, number, Ending(1), 3)
+    assert verdict.action == "stop"
+    with pytest.raises(ChiarError, match="3 attempts in a row failed after step 1 or before"):
         begin_attempt(tmp_path, 3, {})
 
 
@@ -129,3 +138,50 @@ def test_a_copy_that_gave_way_records_nothing(
     verdict = end_attempt(tmp_path, number, Ending(2), 3, environ)
     assert verdict.action == action and "attempt 1 gives way to attempt 2" in verdict.reason
     assert (tmp_path / "attempts.jsonl").read_text() == before
+
+
+def recipe_of(**parallel: int | None) -> RunConfig:
+    """Replicas of so many processes, a batch of 12 in micro-batches of 1."""
+    training = {"global_batch_size": 12, "micro_batch_size": 1}
+    return config_from_dict({"parallel": parallel, "training": training, "model": {"num_attention_heads": 4}})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "nodes", "tasks", "placed"),
+    [
+        (2, 4, 2, (4, 2)),  # 4 replicas divide 12
+        (2, 3, 2, (3, 2)),
+        (2, 5, 2, (4, 2)),  # 5 do not, 4 fit on fewer nodes
+        (1, 2, 4, (2, 3)),  # 8 do not; 6 on both nodes evenly
+        (4, 3, 2, (2, 2)),  # a replica over two nodes; the third would not make another
+        (1, 1, 5, (1, 4)),
+    ],
+)
+def test_as_many_replicas_as_divide_the_batch(
+    tensor: int, nodes: int, tasks: int, placed: tuple[int, int]
+) -> None:
+    found = place_on(recipe_of(tensor_model_parallel_size=tensor), nodes, tasks)
+    assert (found.nodes, found.tasks_per_node) == placed
+
+
+def test_elastic_needs_a_free_choice_of_replicas(tmp_path: Path) -> None:
+    cluster = ClusterConfig(elastic=True, gpus_per_node=2)
+    placement = place(recipe_of(tensor_model_parallel_size=4), cluster, 4)
+    assert (placement.nodes, placement.tasks_per_node, placement.fewest_nodes) == (4, 2, 2)
+    with pytest.raises(ConfigError, match="data_parallel_size 2: elastic .*leave it null"):
+        place(recipe_of(data_parallel_size=2), cluster, 4)
+    with pytest.raises(ConfigError, match=r"1 node\(s\) x 2 task\(s\) hold no replica of 4 processes"):
+        place_on(recipe_of(tensor_model_parallel_size=4), 1, 2)
+    (tmp_path / "c.yaml").write_text("elastic: true\nlauncher: torchrun\n")
+    with pytest.raises(ConfigError, match="elastic: true needs launcher: srun"):
+        load_cluster(tmp_path / "c.yaml")
+
+
+def test_layers_that_wait_for_the_network_are_told() -> None:
+    def told(tensor: int, nodes: int, tasks: int, *srun: str) -> list[str]:
+        config, cluster = recipe_of(tensor_model_parallel_size=tensor), ClusterConfig(srun=srun)
+        return spread_warnings(config, cluster, Placement(nodes, tasks))
+
+    assert told(2, 2, 2) == told(4, 1, 4) == told(1, 4, 1, "--distribution=cyclic") == []
+    assert "tensor-parallel ranks (4) lie on several nodes of 2 task(s)" in told(4, 2, 2)[0]
+    assert len(told(2, 2, 2, "--distribution=cyclic")) == 1

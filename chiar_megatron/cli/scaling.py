@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from chiar_megatron.errors import EXIT_DONE
@@ -57,6 +58,11 @@ def _add_plan(steps: Verbs) -> None:
         "--mup", type=int, metavar="WIDTH", help="µP with this base width: one learning rate for all widths"
     )
     plan.add_argument("--min-ratio", type=float, default=0.0, metavar="R", help="leave out runs of fewer D/N")
+    plan.add_argument(
+        "--measured",
+        metavar="RUN",
+        help="run folder whose routed fraction stands in for that of routers without a target (0.5)",
+    )
     plan.add_argument("--held-out", action="store_true", help="for trying a law on: not part of the fit")
     plan.add_argument("--add", action="store_true", help="to the runs already planned in DIR")
     plan.add_argument("--flops-per-second", type=float, default=0.4 * 989e12, metavar="F", help="of a device")
@@ -76,7 +82,7 @@ def _add_collect(steps: Verbs) -> None:
     collect = steps.add_parser("collect", help="run folders into one table")
     collect.add_argument("sweep", metavar="DIR", help="folder of `chiar scaling plan`")
     collect.add_argument("--held-out", action="store_true", help="the held-out runs instead of the others")
-    collect.add_argument("--output", metavar="FILE", help=".csv or .parquet (DIR/runs.csv)")
+    collect.add_argument("--output", metavar="FILE", help=".csv or .parquet (DIR/runs.csv, or held_out.csv)")
     collect.set_defaults(run=_collect)
 
 
@@ -137,6 +143,7 @@ def _numbers(text: str) -> list[float]:
 def _plan(parsed: argparse.Namespace) -> int:
     from chiar_megatron.config.load import load_config
     from chiar_megatron.config.validate import check_paths
+    from chiar_megatron.scaling.collect import routed_fractions
     from chiar_megatron.scaling.ladder import parse_size, parse_variant
     from chiar_megatron.scaling.manifest import write_sweep
     from chiar_megatron.scaling.plan import PlanRequest, plan_lines, plan_sweep
@@ -158,6 +165,7 @@ def _plan(parsed: argparse.Namespace) -> int:
         held_out=parsed.held_out,
         min_ratio=parsed.min_ratio,
         mup_base=parsed.mup,
+        routed_fraction=None if parsed.measured is None else fmean(routed_fractions(Path(parsed.measured))),
     )
     plan = plan_sweep(request)
     write_sweep(plan.sweep, plan.configs, parsed.add)
@@ -189,7 +197,8 @@ def _collect(parsed: argparse.Namespace) -> int:
 
     sweep = read_sweep(Path(parsed.sweep))
     runs = [run for run in collect(sweep) if run.held_out == parsed.held_out]
-    output = Path(parsed.output) if parsed.output else sweep.folder / "runs.csv"
+    default = "held_out.csv" if parsed.held_out else "runs.csv"
+    output = Path(parsed.output) if parsed.output else sweep.folder / default
     write_table(output, as_rows(runs))
     print("\n".join([*collect_lines(runs), f"written: {output}"]))
     return EXIT_DONE
@@ -210,8 +219,8 @@ def _fit(parsed: argparse.Namespace) -> int:
         parsed.method, parsed.delta, parsed.bootstrap, parsed.seed, parsed.rho_on, parsed.level
     )
     settings.check()
-    runs, notes = read_runs(request)
-    analysis = analyse(runs, parsed.table, settings)
+    runs, n_column, notes = read_runs(request)
+    analysis = analyse(runs, parsed.table, settings, n_column)
     written = []
     if parsed.output is not None:
         from chiar_megatron.scaling.plot import draw_fit

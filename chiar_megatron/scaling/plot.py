@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from chiar_megatron.errors import DataError
 from chiar_megatron.metrics.picture import STYLE
 from chiar_megatron.scaling.analysis import Analysis
+from chiar_megatron.scaling.isoflop import rho_groups
 from chiar_megatron.scaling.law import predict_loss
 from chiar_megatron.scaling.predict import optimum
 
@@ -45,15 +46,12 @@ Rows = npt.NDArray[np.intp]
 
 
 def _groups(analysis: Analysis) -> list[tuple[str, float, Rows]]:
-    """Label, ρ and rows of the runs that share a share of attention, to a tenth; full attention first."""
-    runs = analysis.runs
-    if runs.rho is None:
-        return [("", 1.0, np.arange(len(runs)))]
-    tenths, groups = np.round(runs.rho, 1), []
-    for tenth in np.unique(tenths)[::-1]:
-        rho = float(runs.rho[tenths == tenth].mean())
-        groups.append((f"ρ = {rho:.2f}", rho, np.flatnonzero(tenths == tenth)))
-    return groups
+    """Label, ρ and rows of the runs that share a share of attention; full attention first."""
+    shares = analysis.runs.rho
+    if shares is None:
+        return [("", 1.0, np.arange(len(analysis.runs)))]
+    groups = [(float(shares[rows].mean()), rows) for rows in rho_groups(analysis.runs)]
+    return [(f"ρ = {rho:.2f}", rho, rows) for rho, rows in groups]
 
 
 def _draw_curves(analysis: Analysis, axes: Axes) -> None:

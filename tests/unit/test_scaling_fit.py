@@ -14,7 +14,8 @@ from scipy.optimize import approx_fprime, brentq, minimize_scalar
 from chiar_megatron.cli import main
 from chiar_megatron.errors import ConfigError, DataError
 from chiar_megatron.scaling.analysis import FitSettings, analyse, load, save
-from chiar_megatron.scaling.bootstrap import bootstrap, warnings
+from chiar_megatron.scaling.bootstrap import bootstrap
+from chiar_megatron.scaling.doubts import warnings
 from chiar_megatron.scaling.fit import HuberProblem, fit_point
 from chiar_megatron.scaling.law import Runs
 from chiar_megatron.scaling.predict import efficiency_multiplier, optimum, predict_run

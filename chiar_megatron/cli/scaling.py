@@ -137,7 +137,12 @@ def _list(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in _list(text)]
+    try:
+        return [float(part) for part in _list(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be numbers with commas between, such as 1e18,3e18"
+        ) from None
 
 
 def _plan(parsed: argparse.Namespace) -> int:
@@ -220,6 +225,7 @@ def _fit(parsed: argparse.Namespace) -> int:
     )
     settings.check()
     runs, n_column, notes = read_runs(request)
+    settings.check_form(runs)
     analysis = analyse(runs, parsed.table, settings, n_column)
     written = []
     if parsed.output is not None:

@@ -22,6 +22,7 @@ from chiar_megatron.scaling.isoflop import IsoFlop, fit_isoflop
 from chiar_megatron.scaling.law import RHO_ON, Array, CentredRuns, Law, RhoOn, Runs, law_of, predict_loss
 
 FORMAT = 2
+_MOST_RESAMPLES = 100_000
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,19 @@ class FitSettings:
         """Raises ConfigError for a setting out of its range."""
         if not (math.isfinite(self.delta) and self.delta > 0):
             raise ConfigError(f"--delta: {self.delta} must be above 0, such as 1e-3")
-        if self.resamples < 0 or 0 < self.resamples < 20:
-            raise ConfigError(f"--bootstrap: {self.resamples} must be 0 or at least 20, such as 1000")
+        if self.resamples != 0 and not 20 <= self.resamples <= _MOST_RESAMPLES:
+            raise ConfigError(
+                f"--bootstrap: {self.resamples} must be 0 or from 20 to {_MOST_RESAMPLES}, such as 1000"
+            )
         if not 0 < self.level < 1:
             raise ConfigError(f"--level: {self.level} must lie between 0 and 1, such as 0.95")
         if self.seed < 0:
             raise ConfigError(f"--seed: {self.seed} must be 0 or more")
+
+    def check_form(self, runs: Runs) -> None:
+        """Raises ConfigError where ρ is to act in a law that has none."""
+        if self.rho_on is not None and runs.rho is None:
+            raise ConfigError(f"--rho-on: {self.rho_on}, but the law has no ρ; name its column by --rho")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def read_runs(request: FitInput) -> tuple[Runs, str, list[str]]:
         rows = finished
     _check_alike(rows, path, notes)
     columns = _columns(request, rows, notes)
+    _check_roles(columns, path)
     runs = runs_of(rows, columns, path)
     drop = request.drop_highest_loss
     if drop < 0 or drop >= len(runs):
@@ -61,6 +62,19 @@ def read_runs(request: FitInput) -> tuple[Runs, str, list[str]]:
             "be told from; name another column by --loss"
         )
     return runs, columns.n, notes
+
+
+def _check_roles(columns: Columns, path: Path) -> None:
+    """Refuse a column that is to be two things."""
+    roles: dict[str, str] = {}
+    for role, column in vars(columns).items():
+        if column is None:
+            continue
+        if column in roles:
+            raise DataError(
+                f"{path}, column {column!r}: is both --{roles[column]} and --{role}; name another"
+            )
+        roles[column] = role
 
 
 def _check_alike(rows: list[Row], path: Path, notes: list[str]) -> None:

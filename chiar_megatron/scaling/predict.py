@@ -104,7 +104,7 @@ def predict_run(
 
 def optimum(analysis: Analysis, budget: float, *, rho: float = 1.0, seconds: bool = False) -> Optimum:
     """The best N and D for a budget of FLOPs, or of device seconds. Raises ConfigError if it cannot tell."""
-    _check(analysis, {"budget": budget}, rho)
+    _check(analysis, {"--optimum-seconds" if seconds else "--optimum": budget}, rho)
     cost = _cost(analysis, seconds)
     unit = "device seconds" if seconds else "FLOPs"
     n, d, loss = _best(analysis.law.values(), cost.coefficients, budget, rho, analysis.runs.rho_on)

@@ -163,6 +163,9 @@ def test_loose_intervals_and_bounds_are_said():
         ({}, ["--drop-highest-loss", "40"], "2 runs are too few for a law of 5 parameters"),
         ({}, ["--drop-highest-loss", "42"], "--drop-highest-loss: 42 must be"),
         ({}, ["--delta", "0"], "--delta: 0.0 must be above 0"),
+        ({}, ["--bootstrap", "1000000000000"], "--bootstrap: 1000000000000 must be 0 or from 20 to"),
+        ({}, ["--d", "final loss"], "column 'final loss': is both --d and --loss"),
+        ({}, ["--rho-on", "d"], "--rho-on: d, but the law has no ρ"),
         ({}, ["--where", "tok"], "has no '='"),
         ({}, ["--rho", "tok"], "must be a share of attention, from 0 to 1"),
         ({}, ["--rho", "tok", "--no-rho"], "--rho tok: --no-rho contradicts it"),
@@ -303,3 +306,5 @@ def test_fit_writes_figures_and_one_page_and_predict_reads_them(tmp_path):
     figures = json.loads(done.stdout.splitlines()[-1])
     low, high = figures["multiplier"]["flops"]["interval"]
     assert low < np.exp(0.6 * (np.log(1 / 0.8) / 0.6 - 0.3)) < high  # exp((1-ρ)(q - pγ))
+    far = [*tool, "predict", str(tmp_path / "law"), "--optimum", "3e22"]
+    assert "extrapolated to 30 times" in subprocess.run(far, capture_output=True, text=True).stdout

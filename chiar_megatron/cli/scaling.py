@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from chiar_megatron.cli.common import positive
 from chiar_megatron.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _add_plan(steps: Verbs) -> None:
     plan.add_argument("--held-out", action="store_true", help="for trying a law on: not part of the fit")
     plan.add_argument("--add", action="store_true", help="to the runs already planned in DIR")
     plan.add_argument("--flops-per-second", type=float, default=0.4 * 989e12, metavar="F", help="of a device")
-    plan.add_argument("--price", type=float, metavar="P", help="of a device hour")
+    plan.add_argument("--price", type=positive, metavar="P", help="of a device hour")
     plan.set_defaults(run=_plan)
 
 

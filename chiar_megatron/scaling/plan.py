@@ -90,6 +90,10 @@ def plan_sweep(request: PlanRequest) -> Plan:
                 notes.append(f"left out {run.name}: {run.steps} steps, {ratio:.2g} tokens a parameter")
                 continue
             check_config(config)
+            if run.name in configs:
+                raise ConfigError(
+                    f"two runs would be called {run.name}: give values that differ by over 1%, once"
+                )
             runs.append(run)
             configs[run.name] = config
     if not runs:
@@ -264,6 +268,8 @@ def _check(request: PlanRequest) -> None:
         for value in values:
             if value is not None and not (math.isfinite(value) and value > 0):
                 problems.append(f"{option}: {value} must be finite and above 0")
+    if not request.min_ratio >= 0:
+        problems.append(f"--min-ratio: {request.min_ratio} must be 0 or more")
     for option, listed in (("--ladder", request.sizes), ("--schedules", request.variants)):
         if not listed:
             problems.append(f"{option}: is empty; name at least one")

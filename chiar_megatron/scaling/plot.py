@@ -20,7 +20,7 @@ from chiar_megatron.scaling.law import predict_loss
 from chiar_megatron.scaling.predict import optimum
 
 _MARKERS = "os^Dv"
-_MOST_CURVES = 8  # sizes or budgets drawn as curves of their own
+_MOST_CURVES = 8  # sizes of one share of attention drawn as curves of their own
 
 
 def draw_fit(analysis: Analysis, folder: Path) -> list[Path]:
@@ -71,7 +71,7 @@ def _draw_curves(analysis: Analysis, axes: Axes) -> None:
             zorder=3,
             label=label or "runs",
         )
-        if len(sizes) <= _MOST_CURVES:
+        if len(np.unique(place)) <= _MOST_CURVES:
             for number in np.unique(place):
                 _draw_one_size(analysis, axes, rows[place == number], rho, colours[number], marker)
         budgets = np.geomspace(runs.flops.min(), runs.flops.max() * 3, 60)
@@ -84,7 +84,7 @@ def _draw_curves(analysis: Analysis, axes: Axes) -> None:
             label=f"best for the budget{', ' + label if label else ''}",
         )
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss (nats a token)", title="Runs and the law")
-    axes.legend()
+    axes.legend(loc="upper right")  # curves fall; "best" searches for seconds
 
 
 def _draw_one_size(analysis: Analysis, axes: Axes, rows: Rows, rho: float, colour: Any, marker: str) -> None:

@@ -170,7 +170,7 @@ def test_the_published_rule_of_batch_and_rate():
         (["--ladder", "32x3", "--budgets", "-1"], "--budgets: -1.0 must be"),
         (["--ladder", "32x3,32x3", "--budgets", "1e9"], "--ladder: names one twice"),
         (["--ladder", "32x3", "--budgets", "10"], "no run is left"),
-        (["--ladder", "32x3", "--budgets", "1e9,1.001e9"], "two runs would be called twin_32x3_c1e09"),
+        (["--ladder", "32x3", "--budgets", "9e9,9.001e9"], "two runs would be called twin_32x3_c9e09"),
         (["--ladder", "32x3", "--budgets", "1e9", "--min-ratio", "nan"], "--min-ratio: nan must be"),
     ],
 )

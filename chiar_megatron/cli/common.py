@@ -21,6 +21,14 @@ def count(text: str) -> int:
     return value
 
 
+def positive(text: str) -> float:
+    """An option's number, above 0 and finite."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} must be above 0 and finite")
+    return value
+
+
 def relaunch(processes: int, log_dir: Path | None) -> int:
     """Start this very command once for each process on this host; returns its exit code."""
     from chiar_megatron.runtime.launch import launch_local

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chiar_megatron.cli.common import count
+from chiar_megatron.cli.common import count, positive
 from chiar_megatron.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ def add_planning_verbs(verbs: Verbs) -> None:
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="fields to overrule")
     plan.add_argument("--gpus", type=count, metavar="N", help="list the layouts of so many GPUs")
     plan.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="(%(default)s)")
-    plan.add_argument("--gpu-memory-gib", type=_positive, default=80.0, metavar="GIB", help="(%(default)g)")
+    plan.add_argument("--gpu-memory-gib", type=positive, default=80.0, metavar="GIB", help="(%(default)g)")
     plan.add_argument(
         "--tflops",
-        type=_positive,
+        type=positive,
         metavar="X",
         help="executed by a GPU over whole steps (an H100's)",
     )
-    plan.add_argument("--link-gb-s", type=_positive, metavar="X", help="bandwidth of a GPU within a node")
-    plan.add_argument("--network-gb-s", type=_positive, metavar="X", help="bandwidth of a GPU between nodes")
+    plan.add_argument("--link-gb-s", type=positive, metavar="X", help="bandwidth of a GPU within a node")
+    plan.add_argument("--network-gb-s", type=positive, metavar="X", help="bandwidth of a GPU between nodes")
     plan.add_argument(
         "--traces", type=Path, metavar="RUN", help="simulate the balance from a run's routing traces"
     )
@@ -73,10 +73,3 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(count(part) for part in text.split(","))
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} must be above 0 and finite")
-    return value

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-from chiar_megatron.cli.common import count
+from chiar_megatron.cli.common import count, positive
 from chiar_megatron.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
@@ -58,10 +59,15 @@ def _add_plan(steps: Verbs) -> None:
         "--mup", type=int, metavar="WIDTH", help="µP with this base width: one learning rate for all widths"
     )
     plan.add_argument("--min-ratio", type=float, default=0.0, metavar="R", help="leave out runs of fewer D/N")
+    plan.add_argument(
+        "--measured",
+        metavar="RUN",
+        help="run folder whose routed fraction stands in for that of routers without a target (0.5)",
+    )
     plan.add_argument("--held-out", action="store_true", help="for trying a law on: not part of the fit")
     plan.add_argument("--add", action="store_true", help="to the runs already planned in DIR")
     plan.add_argument("--flops-per-second", type=float, default=0.4 * 989e12, metavar="F", help="of a device")
-    plan.add_argument("--price", type=float, metavar="P", help="of a device hour")
+    plan.add_argument("--price", type=positive, metavar="P", help="of a device hour")
     plan.set_defaults(run=_plan)
 
 
@@ -84,7 +90,7 @@ def _add_collect(steps: Verbs) -> None:
     collect = steps.add_parser("collect", help="run folders into one table")
     collect.add_argument("sweep", metavar="DIR", help="folder of `chiar scaling plan`")
     collect.add_argument("--held-out", action="store_true", help="the held-out runs instead of the others")
-    collect.add_argument("--output", metavar="FILE", help=".csv or .parquet (DIR/runs.csv)")
+    collect.add_argument("--output", metavar="FILE", help=".csv or .parquet (DIR/runs.csv, or held_out.csv)")
     collect.set_defaults(run=_collect)
 
 
@@ -139,12 +145,18 @@ def _list(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in _list(text)]
+    try:
+        return [float(part) for part in _list(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be numbers with commas between, such as 1e18,3e18"
+        ) from None
 
 
 def _plan(parsed: argparse.Namespace) -> int:
     from chiar_megatron.config.load import load_config
     from chiar_megatron.config.validate import check_paths
+    from chiar_megatron.scaling.collect import routed_fractions
     from chiar_megatron.scaling.ladder import parse_size, parse_variant
     from chiar_megatron.scaling.manifest import write_sweep
     from chiar_megatron.scaling.plan import PlanRequest, plan_lines, plan_sweep
@@ -166,6 +178,7 @@ def _plan(parsed: argparse.Namespace) -> int:
         held_out=parsed.held_out,
         min_ratio=parsed.min_ratio,
         mup_base=parsed.mup,
+        routed_fraction=None if parsed.measured is None else fmean(routed_fractions(Path(parsed.measured))),
     )
     plan = plan_sweep(request)
     write_sweep(plan.sweep, plan.configs, parsed.add)
@@ -209,7 +222,8 @@ def _collect(parsed: argparse.Namespace) -> int:
 
     sweep = read_sweep(Path(parsed.sweep))
     runs = [run for run in collect(sweep) if run.held_out == parsed.held_out]
-    output = Path(parsed.output) if parsed.output else sweep.folder / "runs.csv"
+    default = "held_out.csv" if parsed.held_out else "runs.csv"
+    output = Path(parsed.output) if parsed.output else sweep.folder / default
     write_table(output, as_rows(runs))
     print("\n".join([*collect_lines(runs), f"written: {output}"]))
     return EXIT_DONE
@@ -230,8 +244,9 @@ def _fit(parsed: argparse.Namespace) -> int:
         parsed.method, parsed.delta, parsed.bootstrap, parsed.seed, parsed.rho_on, parsed.level
     )
     settings.check()
-    runs, notes = read_runs(request)
-    analysis = analyse(runs, parsed.table, settings)
+    runs, n_column, notes = read_runs(request)
+    settings.check_form(runs)
+    analysis = analyse(runs, parsed.table, settings, n_column)
     written = []
     if parsed.output is not None:
         from chiar_megatron.scaling.plot import draw_fit

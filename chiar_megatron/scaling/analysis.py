@@ -14,13 +14,15 @@ import numpy as np
 from chiar_megatron.checkpoint.files import write_durably
 from chiar_megatron.config.fields import nearest_name
 from chiar_megatron.errors import ConfigError, DataError
-from chiar_megatron.scaling.bootstrap import Draws, HeldOut, bootstrap, held_out_error, warnings
+from chiar_megatron.scaling.bootstrap import Draws, HeldOut, bootstrap, held_out_error
 from chiar_megatron.scaling.cost import CostModel, fit_cost
+from chiar_megatron.scaling.doubts import implausible, unfit_costs, warnings
 from chiar_megatron.scaling.fit import Method, PointFit, fit_point
 from chiar_megatron.scaling.isoflop import IsoFlop, fit_isoflop
 from chiar_megatron.scaling.law import RHO_ON, Array, CentredRuns, Law, RhoOn, Runs, law_of, predict_loss
 
-FORMAT = 1
+FORMAT = 2
+_MOST_RESAMPLES = 100_000
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,19 @@ class FitSettings:
         """Raises ConfigError for a setting out of its range."""
         if not (math.isfinite(self.delta) and self.delta > 0):
             raise ConfigError(f"--delta: {self.delta} must be above 0, such as 1e-3")
-        if self.resamples < 0 or 0 < self.resamples < 20:
-            raise ConfigError(f"--bootstrap: {self.resamples} must be 0 or at least 20, such as 1000")
+        if self.resamples != 0 and not 20 <= self.resamples <= _MOST_RESAMPLES:
+            raise ConfigError(
+                f"--bootstrap: {self.resamples} must be 0 or from 20 to {_MOST_RESAMPLES}, such as 1000"
+            )
         if not 0 < self.level < 1:
             raise ConfigError(f"--level: {self.level} must lie between 0 and 1, such as 0.95")
         if self.seed < 0:
             raise ConfigError(f"--seed: {self.seed} must be 0 or more")
+
+    def check_form(self, runs: Runs) -> None:
+        """Raises ConfigError where ρ is to act in a law that has none."""
+        if self.rho_on is not None and runs.rho is None:
+            raise ConfigError(f"--rho-on: {self.rho_on}, but the law has no ρ; name its column by --rho")
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class Analysis:
     settings: FitSettings
     source: str
     """The table."""
+    n_column: str
+    """What counts as N: the table's column."""
     runs: Runs
     law: Law
     objective: float
@@ -84,6 +95,7 @@ class Analysis:
         """The figures of the JSON line."""
         figures: dict[str, Any] = dict(zip(self.law.names, self.law.values().tolist(), strict=True))
         figures["rho_on"] = None if self.law.gamma is None else self.runs.rho_on
+        figures["n_column"] = self.n_column
         figures["runs"] = len(self.runs)
         figures["objective"] = self.objective
         if self.draws is not None:
@@ -101,7 +113,7 @@ class Analysis:
         if self.law.gamma is not None:
             what = {"n": "N", "d": "D", "both": "N and D"}[self.runs.rho_on]
             form += f", {what} times exp(gamma(rho-1))"
-        yield f"{self.source}: {len(self.runs)} runs; loss = {form}"
+        yield f"{self.source}: {len(self.runs)} runs; loss = {form}; N: {self.n_column}"
         intervals = self.intervals()
         for name, value in zip(self.law.names, self.law.values(), strict=True):
             low, high = intervals.get(name, (None, None))
@@ -126,7 +138,7 @@ class Analysis:
             yield f"  warning: {warning}"
 
 
-def analyse(runs: Runs, source: str, settings: FitSettings) -> Analysis:
+def analyse(runs: Runs, source: str, settings: FitSettings, n_column: str = "parameters") -> Analysis:
     """Fit, bootstrap and judge. Raises DataError for too few runs."""
     runs, fit = _fit_best_form(runs, settings)
     draws = None
@@ -141,19 +153,22 @@ def analyse(runs: Runs, source: str, settings: FitSettings) -> Analysis:
         )
     assert runs.flops is not None
     index = None if draws is None else draws.index
+    flops = fit_cost(runs, runs.flops, index)
+    seconds = None if runs.seconds is None else fit_cost(runs, runs.seconds, index)
     return Analysis(
         settings=settings,
         source=source,
+        n_column=n_column,
         runs=runs,
         law=fit.law,
         objective=fit.objective,
         residuals=-CentredRuns(runs).residuals(fit.theta)[0],
         draws=draws,
-        flops=fit_cost(runs, runs.flops, index),
-        seconds=None if runs.seconds is None else fit_cost(runs, runs.seconds, index),
+        flops=flops,
+        seconds=seconds,
         held_out=held_out_error(runs, settings.delta),
         isoflop=fit_isoflop(runs),
-        warnings=tuple(warnings(runs, fit, draws)),
+        warnings=(*implausible(runs), *warnings(runs, fit, draws), *unfit_costs(flops, seconds)),
     )
 
 
@@ -171,6 +186,7 @@ def save(analysis: Analysis, path: Path) -> None:
         "format": FORMAT,
         "settings": asdict(analysis.settings),
         "source": analysis.source,
+        "n_column": analysis.n_column,
         "runs": {name: value.tolist() for name, value in analysis.runs.columns().items()},
         "rho_on": analysis.runs.rho_on,
         "names": analysis.law.names,
@@ -206,7 +222,10 @@ def load(path: Path) -> Analysis:
         draws = None
         if record["draws"] is not None:
             draws = Draws(np.array(record["draws"]), np.array(record["index"]), settings.level)
-        held_out = record["summary"]["held_out"]
+        summary = record["summary"]
+        held_out = None if summary["held_out"] is None else HeldOut(**summary["held_out"])
+        objective, doubts = float(summary["objective"]), tuple(map(str, summary["warnings"]))
+        source, n_column = str(record["source"]), str(record["n_column"])
         assert runs.flops is not None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is not a fit of `chiar scaling fit` ({error}); fit again") from error
@@ -214,15 +233,16 @@ def load(path: Path) -> Analysis:
     predicted = predict_loss(law.values(), runs.n, runs.d, 1.0 if runs.rho is None else runs.rho, runs.rho_on)
     return Analysis(
         settings=settings,
-        source=record["source"],
+        source=source,
+        n_column=n_column,
         runs=runs,
         law=law,
-        objective=record["summary"]["objective"],
+        objective=objective,
         residuals=np.log(runs.loss / predicted),
         draws=draws,
         flops=fit_cost(runs, runs.flops, index),
         seconds=None if runs.seconds is None else fit_cost(runs, runs.seconds, index),
-        held_out=None if held_out is None else HeldOut(**held_out),
+        held_out=held_out,
         isoflop=fit_isoflop(runs),
-        warnings=tuple(record["summary"]["warnings"]),
+        warnings=doubts,
     )

@@ -12,7 +12,9 @@ from typing import Any
 from chiar_megatron.config.load import load_config
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import RunConfig
-from chiar_megatron.errors import ChiarError
+from chiar_megatron.config.validate import data_prefixes
+from chiar_megatron.data.preprocess import load_summary
+from chiar_megatron.errors import ChiarError, DataError
 from chiar_megatron.metrics.jsonl import read_metrics
 from chiar_megatron.metrics.run_state import run_state
 from chiar_megatron.model.accounting import parameter_count
@@ -64,6 +66,11 @@ class CollectedRun:
     global_batch_size: int | None = None
     seed: int | None = None
     device: str = ""
+    vocab_size: int | None = None
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer that made the text, its first 12 digits; empty where none is recorded."""
+    validation_data: str = ""
+    """Prefixes of the text that `loss` is of."""
     path: str = ""
 
 
@@ -147,7 +154,19 @@ def _planned_figures(config: RunConfig) -> dict[str, Any]:
         "lr": config.optimizer.lr,
         "global_batch_size": config.training.global_batch_size,
         "seed": config.training.seed,
+        "vocab_size": model.vocab_size,
+        "tokenizer": _tokenizer(config),
+        "validation_data": " ".join(config.data.validation) or f"{config.data.split} of the training text",
     }
+
+
+def _tokenizer(config: RunConfig) -> str:
+    """By the summary beside the text: cheaper to read than the tokenizer, and checked against it."""
+    for prefix in data_prefixes(config.data.train):
+        summary = load_summary(prefix)
+        if summary is not None and summary.tokenizer_sha256:
+            return summary.tokenizer_sha256[:12]
+    return ""
 
 
 def _measured_figures(config: RunConfig, records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -184,6 +203,17 @@ def _with_steps(records: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any],
     for record in records:
         yield record, max(0, int(record["step"]) - before)
         before = int(record["step"])
+
+
+def routed_fractions(folder: Path) -> list[float]:
+    """Share of tokens that each routed layer's attention computed, over the whole of a run.
+
+    Raises DataError where the run has no routed layers or has not logged their shares.
+    """
+    fractions = _mean_fractions(read_metrics(folder))
+    if not fractions:
+        raise DataError(f"run {folder} has logged no routed fraction; give a trained run with R layers")
+    return fractions
 
 
 def _mean_fractions(records: list[dict[str, Any]]) -> list[float]:

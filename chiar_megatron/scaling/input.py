@@ -13,6 +13,8 @@ from chiar_megatron.scaling.law import Runs
 from chiar_megatron.scaling.table import Columns, Row, read_table, runs_of, select
 
 FINISHED = "finished"
+_ONE_LAW = ("tokenizer", "vocab_size")  # columns of `collect` in which runs of one law agree
+_BETTER_ALIKE = ("validation_data", "loss_kind", "router")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,13 @@ class FitInput:
     drop_highest_loss: int = 0
 
 
-def read_runs(request: FitInput) -> tuple[Runs, list[str]]:
-    """The runs, and notes on what was taken and left out. Raises DataError or ConfigError."""
+def read_runs(request: FitInput) -> tuple[Runs, str, list[str]]:
+    """The runs, the column of N, and notes on what was taken and left out.
+
+    Raises DataError or ConfigError: bad options or cells, runs whose losses cannot be compared.
+    """
+    if request.no_rho and request.named["rho"] is not None:
+        raise ConfigError(f"--rho {request.named['rho']}: --no-rho contradicts it; give one of them")
     path, notes = request.path, list[str]()
     rows: list[Row] = list(read_table(path))
     rows = select(rows, request.where, path)
@@ -39,7 +46,9 @@ def read_runs(request: FitInput) -> tuple[Runs, list[str]]:
         if not finished:
             raise DataError(f"{path}: none of its {len(rows)} runs is finished; train, then collect again")
         rows = finished
+    _check_alike(rows, path, notes)
     columns = _columns(request, rows, notes)
+    _check_roles(columns, path)
     runs = runs_of(rows, columns, path)
     drop = request.drop_highest_loss
     if drop < 0 or drop >= len(runs):
@@ -47,7 +56,40 @@ def read_runs(request: FitInput) -> tuple[Runs, list[str]]:
     if drop:
         runs = runs.take(np.sort(np.argsort(runs.loss, kind="stable")[: len(runs) - drop]))
         notes.append(f"the {drop} highest losses are left out; {len(runs)} runs remain")
-    return runs, notes
+    if len(runs) > 1 and runs.loss.min() == runs.loss.max():
+        raise DataError(
+            f"{path}, column {columns.loss!r}: all {len(runs)} losses are {runs.loss[0]:g}, which no law can "
+            "be told from; name another column by --loss"
+        )
+    return runs, columns.n, notes
+
+
+def _check_roles(columns: Columns, path: Path) -> None:
+    """Refuse a column that is to be two things."""
+    roles: dict[str, str] = {}
+    for role, column in vars(columns).items():
+        if column is None:
+            continue
+        if column in roles:
+            raise DataError(
+                f"{path}, column {column!r}: is both --{roles[column]} and --{role}; name another"
+            )
+        roles[column] = role
+
+
+def _check_alike(rows: list[Row], path: Path, notes: list[str]) -> None:
+    """Refuse losses of different tokenizers, and note what else differs that may change a loss."""
+    for column in (*_ONE_LAW, *_BETTER_ALIKE):
+        found = sorted({str(row.get(column)) for row in rows} - {"", "None"})
+        if len(found) < 2:
+            continue
+        names = ", ".join(found[:4])
+        if column in _ONE_LAW:
+            raise DataError(
+                f"{path}, column {column!r}: runs of {len(found)} kinds ({names}), whose losses a token "
+                f"cannot be compared; pick one, --where {column}={found[0]}"
+            )
+        notes.append(f"the runs differ in {column} ({names}): their losses may not be comparable")
 
 
 def _columns(request: FitInput, rows: list[Row], notes: list[str]) -> Columns:
@@ -62,6 +104,10 @@ def _columns(request: FitInput, rows: list[Row], notes: list[str]) -> Columns:
         "rho": given["rho"],
         "seconds": given["seconds"] or _measured("device_seconds", rows),
     }
+    devices = sorted({str(row.get("device")) for row in rows} - {"", "None"})
+    if chosen["seconds"] == "device_seconds" and len(devices) > 1:
+        chosen["seconds"] = None
+        notes.append(f"trained on different devices ({', '.join(devices[:4])}): seconds are left out")
     if chosen["d"] is None and chosen["flops"] is not None:
         notes.append("no column of tokens: D = C/6N")
     elif chosen["flops"] is None and chosen["d"] is not None:

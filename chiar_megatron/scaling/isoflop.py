@@ -14,6 +14,7 @@ import numpy as np
 from chiar_megatron.scaling.law import Array, Runs
 
 _SAME_BUDGET = 0.25  # largest relative step of FLOPs inside one budget, before rounding N and steps
+_SAME_RHO = 0.05  # largest step of ρ inside one group: measured shares scatter, and depend on the depth
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,16 @@ def _groups(runs: Runs) -> list[np.typing.NDArray[np.int64]]:
     for budget in np.split(order, np.flatnonzero(gaps) + 1):
         if runs.flops[budget].max() > (1 + _SAME_BUDGET) * runs.flops[budget].min():
             continue
-        labels = np.zeros(len(budget)) if runs.rho is None else np.round(runs.rho[budget], 1)
-        groups += [budget[labels == label] for label in np.unique(labels)]
+        groups += [budget[rows] for rows in rho_groups(runs.take(budget))]
     return groups
+
+
+def rho_groups(runs: Runs) -> list[np.typing.NDArray[np.int64]]:
+    """Rows of runs that share a share of attention, full attention first; all together without ρ."""
+    if runs.rho is None:
+        return [np.arange(len(runs))]
+    order = np.argsort(-runs.rho, kind="stable")
+    return np.split(order, np.flatnonzero(-np.diff(runs.rho[order]) > _SAME_RHO) + 1)
 
 
 def _parabola(runs: Runs) -> Parabola | None:

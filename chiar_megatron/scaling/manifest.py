@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,8 +72,11 @@ def write_sweep(sweep: Sweep, configs: dict[str, RunConfig], add: bool = False) 
     """
     path = sweep.folder / MANIFEST
     kept: tuple[PlannedRun, ...] = ()
+    rules = sweep.rules
     if path.exists():
-        kept = tuple(run for run in read_sweep(sweep.folder).runs if run.name not in configs)
+        before = read_sweep(sweep.folder)
+        kept = tuple(run for run in before.runs if run.name not in configs)
+        rules = tuple(dict.fromkeys((*before.rules, *rules))) if kept else rules
         if kept and not add:
             raise ConfigError(
                 f"{sweep.folder} holds a sweep with other runs ({kept[0].name}, ...); add to it with --add, "
@@ -81,8 +85,8 @@ def write_sweep(sweep: Sweep, configs: dict[str, RunConfig], add: bool = False) 
     record = {
         "format": FORMAT,
         "kind": sweep.kind,
-        "rules": sweep.rules,
-        "runs": [asdict(run) for run in (*kept, *sweep.runs)],
+        "rules": rules,
+        "runs": [asdict(run) for run in cheap_first((*kept, *sweep.runs))],
     }
     try:
         (sweep.folder / "recipes").mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,23 @@ def write_sweep(sweep: Sweep, configs: dict[str, RunConfig], add: bool = False) 
         raise ConfigError(
             f"{sweep.folder} cannot be written ({error.strerror}); choose another --output"
         ) from error
+
+
+def planned_size(run: PlannedRun, n_column: str) -> int:
+    """N of a run as a fit with this column of N counts it. Raises ConfigError for a foreign column."""
+    sizes = {"parameters": run.parameters, "parameters_non_embedding": run.parameters_non_embedding}
+    if n_column not in sizes:
+        raise ConfigError(
+            f"--fit: its N is the column {n_column!r}, of which a plan knows nothing; fit a table of "
+            f"`chiar scaling collect` by --n {' or --n '.join(sizes)}"
+        )
+    return sizes[n_column]
+
+
+def cheap_first(runs: Iterable[PlannedRun]) -> tuple[PlannedRun, ...]:
+    """In the order of their budgets, or of their FLOPs without: what is wrong with a recipe shows early, and
+    small budgets are complete early."""
+    return tuple(sorted(runs, key=lambda run: run.budget or run.training_flops))
 
 
 def read_sweep(folder: Path) -> Sweep:

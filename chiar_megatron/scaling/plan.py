@@ -15,12 +15,13 @@ from pathlib import Path
 
 from chiar_megatron.config.problems import raise_problems
 from chiar_megatron.config.schema import RunConfig
-from chiar_megatron.config.validate import check_config
+from chiar_megatron.config.validate import check_config, data_prefixes
+from chiar_megatron.data.preprocess import load_summary
 from chiar_megatron.errors import ConfigError
 from chiar_megatron.model.accounting import parameter_count
 from chiar_megatron.scaling.flops import token_flops
 from chiar_megatron.scaling.ladder import Size, Variant, apply
-from chiar_megatron.scaling.manifest import PlannedRun, Sweep
+from chiar_megatron.scaling.manifest import PlannedRun, Sweep, cheap_first
 from chiar_megatron.training.loop import resolve
 
 KINDS = ("isoflop", "ratio", "lr")
@@ -57,6 +58,8 @@ class PlanRequest:
     """Base width of µP, which also unties the head; None: standard parametrisation."""
     min_ratio: float = 0.0
     """Grid points of fewer tokens a parameter are left out."""
+    routed_fraction: float | None = None
+    """Share of tokens that routed layers without a target send to attention, as a run measured it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def plan_sweep(request: PlanRequest) -> Plan:
         model = apply(request.base.model, size, variant)
         if request.mup_base is not None:
             model = replace(model, mup_base_hidden_size=request.mup_base, tie_embeddings=False)
-        rung = _Rung(replace(request.base, model=model), size, variant)
+        rung = _Rung(replace(request.base, model=model), size, variant, request.routed_fraction)
         for point in _points(request, rung):
             run, config = _run(request, rung, point)
             ratio = run.tokens / run.parameters
@@ -87,23 +90,45 @@ def plan_sweep(request: PlanRequest) -> Plan:
                 notes.append(f"left out {run.name}: {run.steps} steps, {ratio:.2g} tokens a parameter")
                 continue
             check_config(config)
+            if run.name in configs:
+                raise ConfigError(
+                    f"two runs would be called {run.name}: give values that differ by over 1%, once"
+                )
             runs.append(run)
             configs[run.name] = config
     if not runs:
         raise ConfigError(f"no run is left: {'; '.join(notes[:3])}; raise --budgets or lower --batch-tokens")
-    # Cheap ones first: what is wrong with a recipe shows early, and small budgets are complete early.
-    runs.sort(key=lambda run: run.budget or run.training_flops)
-    return Plan(Sweep(request.folder, request.kind, _rules(request), tuple(runs)), configs, tuple(notes))
+    notes += _repeated_text(request.base, runs)
+    sweep = Sweep(request.folder, request.kind, _rules(request), cheap_first(runs))
+    return Plan(sweep, configs, tuple(notes))
+
+
+def _repeated_text(base: RunConfig, runs: Sequence[PlannedRun]) -> list[str]:
+    """A note where runs read their text more than once: the law is about fresh tokens."""
+    summaries = [load_summary(prefix) for prefix in data_prefixes(base.data.train)]
+    if not summaries or None in summaries:
+        return []
+    try:
+        parts = [float(part) for part in base.data.split.split(",")]
+        tokens = parts[0] / sum(parts) * sum(summary.tokens for summary in summaries if summary is not None)
+    except (ValueError, ZeroDivisionError):
+        return []  # the run itself will say what is wrong with data.split
+    again = [run.tokens / tokens for run in runs if run.tokens > tokens]
+    if not again:
+        return []
+    return [f"{len(again)} runs read their text of {tokens:,.0f} tokens up to {max(again):.3g} times"]
 
 
 class _Rung:
     """A size with a schedule."""
 
-    def __init__(self, config: RunConfig, size: Size, variant: Variant) -> None:
+    def __init__(self, config: RunConfig, size: Size, variant: Variant, fraction: float | None) -> None:
         self.config, self.size, self.variant = config, size, variant
         self.resolved = resolve(config)
         self.count = parameter_count(self.resolved.model)
-        self.flops = token_flops(self.resolved).executed
+        # A target is what the controller holds; only without one a measured share tells more.
+        self.fraction = fraction if config.model.router.target is None else None
+        self.flops = token_flops(self.resolved, self.fraction).executed
 
 
 @dataclass(frozen=True)
@@ -143,9 +168,16 @@ def lr_rule(flops: float) -> float:
 
 def _run(request: PlanRequest, rung: _Rung, point: _Point) -> tuple[PlannedRun, RunConfig]:
     batch, micro = _batch(request, point.flops)
-    batch_config = replace(rung.config.training, global_batch_size=batch, micro_batch_size=micro)
+    base = request.base.training
+    batch_config = replace(
+        rung.config.training,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        # As many sequences as the base recipe's, whatever the batch: losses of equal text are compared.
+        eval_steps=-(-base.eval_steps * base.global_batch_size // batch),
+    )
     # Rows of attention are rounded a micro-batch, so that a token's FLOPs depend on it.
-    flops = token_flops(replace(rung.resolved, training=batch_config))
+    flops = token_flops(replace(rung.resolved, training=batch_config), rung.fraction)
     tokens_per_step = batch * rung.config.model.seq_length
     steps = max(1, round(point.flops / flops.executed / tokens_per_step))
     lr = (request.lr or lr_rule(point.flops)) * point.lr_factor
@@ -209,7 +241,8 @@ def _rules(request: PlanRequest) -> tuple[str, ...]:
         "" if request.mup_base is None else f"; µP scales it by {request.mup_base} / hidden size for matrices"
     )
     return (
-        f"batch: {batch}, in whole sequences; peak learning rate: {rate}{mup}{source}",
+        f"{', '.join(map(str, request.sizes))}: batch {batch}, in whole sequences; peak learning rate "
+        f"{rate}{mup}{source}",
         f"warmup {_WARMUP_SHARE:.0%} of the steps, then the base recipe's decay to {_FINAL_LR:g} of the peak",
         "C: executed training FLOPs of the ledger; N: parameters with embeddings, and without beside it",
     )
@@ -235,6 +268,8 @@ def _check(request: PlanRequest) -> None:
         for value in values:
             if value is not None and not (math.isfinite(value) and value > 0):
                 problems.append(f"{option}: {value} must be finite and above 0")
+    if not request.min_ratio >= 0:
+        problems.append(f"--min-ratio: {request.min_ratio} must be 0 or more")
     for option, listed in (("--ladder", request.sizes), ("--schedules", request.variants)):
         if not listed:
             problems.append(f"{option}: is empty; name at least one")

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from chiar_megatron.errors import DataError
 from chiar_megatron.metrics.picture import STYLE
 from chiar_megatron.scaling.analysis import Analysis
+from chiar_megatron.scaling.isoflop import rho_groups
 from chiar_megatron.scaling.law import predict_loss
 from chiar_megatron.scaling.predict import optimum
 
 _MARKERS = "os^Dv"
-_MOST_CURVES = 8  # sizes or budgets drawn as curves of their own
+_MOST_CURVES = 8  # sizes of one share of attention drawn as curves of their own
 
 
 def draw_fit(analysis: Analysis, folder: Path) -> list[Path]:
@@ -45,15 +46,12 @@ Rows = npt.NDArray[np.intp]
 
 
 def _groups(analysis: Analysis) -> list[tuple[str, float, Rows]]:
-    """Label, ρ and rows of the runs that share a share of attention, to a tenth; full attention first."""
-    runs = analysis.runs
-    if runs.rho is None:
-        return [("", 1.0, np.arange(len(runs)))]
-    tenths, groups = np.round(runs.rho, 1), []
-    for tenth in np.unique(tenths)[::-1]:
-        rho = float(runs.rho[tenths == tenth].mean())
-        groups.append((f"ρ = {rho:.2f}", rho, np.flatnonzero(tenths == tenth)))
-    return groups
+    """Label, ρ and rows of the runs that share a share of attention; full attention first."""
+    shares = analysis.runs.rho
+    if shares is None:
+        return [("", 1.0, np.arange(len(analysis.runs)))]
+    groups = [(float(shares[rows].mean()), rows) for rows in rho_groups(analysis.runs)]
+    return [(f"ρ = {rho:.2f}", rho, rows) for rho, rows in groups]
 
 
 def _draw_curves(analysis: Analysis, axes: Axes) -> None:
@@ -73,7 +71,7 @@ def _draw_curves(analysis: Analysis, axes: Axes) -> None:
             zorder=3,
             label=label or "runs",
         )
-        if len(sizes) <= _MOST_CURVES:
+        if len(np.unique(place)) <= _MOST_CURVES:
             for number in np.unique(place):
                 _draw_one_size(analysis, axes, rows[place == number], rho, colours[number], marker)
         budgets = np.geomspace(runs.flops.min(), runs.flops.max() * 3, 60)
@@ -86,7 +84,7 @@ def _draw_curves(analysis: Analysis, axes: Axes) -> None:
             label=f"best for the budget{', ' + label if label else ''}",
         )
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss (nats a token)", title="Runs and the law")
-    axes.legend()
+    axes.legend(loc="upper right")  # curves fall; "best" searches for seconds
 
 
 def _draw_one_size(analysis: Analysis, axes: Axes, rows: Rows, rho: float, colour: Any, marker: str) -> None:

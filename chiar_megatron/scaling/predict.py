@@ -104,7 +104,7 @@ def predict_run(
 
 def optimum(analysis: Analysis, budget: float, *, rho: float = 1.0, seconds: bool = False) -> Optimum:
     """The best N and D for a budget of FLOPs, or of device seconds. Raises ConfigError if it cannot tell."""
-    _check(analysis, {"budget": budget}, rho)
+    _check(analysis, {"--optimum-seconds" if seconds else "--optimum": budget}, rho)
     cost = _cost(analysis, seconds)
     unit = "device seconds" if seconds else "FLOPs"
     n, d, loss = _best(analysis.law.values(), cost.coefficients, budget, rho, analysis.runs.rho_on)
@@ -201,7 +201,7 @@ def answer(analysis: Analysis, question: Question) -> tuple[list[str], dict[str,
     asks_more = q.multiplier or q.optimum is not None or q.optimum_seconds is not None
     if not asks_more or (q.n, q.d, q.flops) != (None, None, None):
         prediction = predict_run(analysis, n=q.n, d=q.d, flops=q.flops, rho=q.rho)
-        lines += prediction_lines(prediction, level)
+        lines += [*prediction_lines(prediction, level), *_extrapolation(analysis, prediction.flops)]
         figures["loss"] = prediction.loss.value
         figures["interval"] = prediction.loss.interval
         figures["run_interval"] = prediction.run_interval
@@ -213,6 +213,8 @@ def answer(analysis: Analysis, question: Question) -> tuple[list[str], dict[str,
         if budget is not None:
             best = optimum(analysis, budget, rho=q.rho, seconds=seconds)
             lines.append(optimum_line(best))
+            if not seconds:
+                lines += _extrapolation(analysis, budget)
             figures[name] = {"budget": budget, "rho": q.rho}
             figures[name].update({key: getattr(best, key).summary() for key in ("n", "d", "loss")})
     if q.multiplier:
@@ -231,6 +233,13 @@ def answer(analysis: Analysis, question: Question) -> tuple[list[str], dict[str,
     lines += [f"warning: {warning}" for warning in analysis.warnings]
     figures["warnings"] = list(analysis.warnings)
     return lines, figures
+
+
+def _extrapolation(analysis: Analysis, flops: float) -> list[str]:
+    """A line where intervals hold only if the law's form holds far beyond the runs."""
+    assert analysis.runs.flops is not None
+    ratio = flops / float(analysis.runs.flops.max())
+    return [f"  extrapolated to {ratio:.3g} times the largest run's FLOPs"] if 10 < ratio < np.inf else []
 
 
 def _finite(value: float) -> float | None:

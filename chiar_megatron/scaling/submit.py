@@ -14,7 +14,7 @@ from typing import Protocol
 from chiar_megatron.errors import EXIT_DONE, EXIT_RESUMABLE
 from chiar_megatron.scaling.analysis import Analysis
 from chiar_megatron.scaling.collect import collect_run
-from chiar_megatron.scaling.manifest import PlannedRun, Sweep
+from chiar_megatron.scaling.manifest import PlannedRun, Sweep, planned_size
 from chiar_megatron.scaling.predict import predict_run
 
 Say = Callable[[str], None]
@@ -85,7 +85,8 @@ def announce(analysis: Analysis | None, sweep: Sweep, run: PlannedRun, say: Say)
     if analysis is None:
         return ""
     rho = 1.0 if analysis.law.gamma is None else run.attention_share
-    prediction = predict_run(analysis, n=run.parameters, d=run.tokens, flops=None, rho=rho)
+    n = planned_size(run, analysis.n_column)
+    prediction = predict_run(analysis, n=n, d=run.tokens, flops=None, rho=rho)
     words = str(prediction.loss)
     if prediction.run_interval is not None:
         low, high = prediction.run_interval

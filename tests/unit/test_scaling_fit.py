@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from scipy.optimize import approx_fprime, brentq, minimize_scalar
 from chiar_megatron.cli import main
 from chiar_megatron.errors import ConfigError, DataError
 from chiar_megatron.scaling.analysis import FitSettings, analyse, load, save
-from chiar_megatron.scaling.bootstrap import bootstrap, warnings
+from chiar_megatron.scaling.bootstrap import bootstrap
+from chiar_megatron.scaling.doubts import warnings
 from chiar_megatron.scaling.fit import HuberProblem, fit_point
+from chiar_megatron.scaling.isoflop import fit_isoflop, rho_groups
 from chiar_megatron.scaling.law import Runs
 from chiar_megatron.scaling.predict import efficiency_multiplier, optimum, predict_run
+from chiar_megatron.scaling.table import write_table
 from tests.unit.scaling_runs import TRUTH, law_runs, plain_loss, write_csv
 
 COLUMNS = dict(n="Model Size", flops="Training FLOP", loss="final loss", d="tok")
@@ -159,8 +163,12 @@ def test_loose_intervals_and_bounds_are_said():
         ({}, ["--drop-highest-loss", "40"], "2 runs are too few for a law of 5 parameters"),
         ({}, ["--drop-highest-loss", "42"], "--drop-highest-loss: 42 must be"),
         ({}, ["--delta", "0"], "--delta: 0.0 must be above 0"),
+        ({}, ["--bootstrap", "1000000000000"], "--bootstrap: 1000000000000 must be 0 or from 20 to"),
+        ({}, ["--d", "final loss"], "column 'final loss': is both --d and --loss"),
+        ({}, ["--rho-on", "d"], "--rho-on: d, but the law has no ρ"),
         ({}, ["--where", "tok"], "has no '='"),
         ({}, ["--rho", "tok"], "must be a share of attention, from 0 to 1"),
+        ({}, ["--rho", "tok", "--no-rho"], "--rho tok: --no-rho contradicts it"),
         ({"tok": "final loss"}, [], "two columns 'final loss'"),
     ],
 )
@@ -177,6 +185,74 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, capsys, change, options, m
     assert message in error and error.count("\n") == 1
 
 
+def write_rows(path, rows: list[dict]) -> str:
+    write_table(path, rows)
+    return str(path)
+
+
+def rows_of(runs: Runs, **more) -> list[dict]:
+    """Rows as `collect` names them; more: values for every second row, and for the others."""
+    named = dict(parameters=runs.n, tokens=runs.d, loss=runs.loss, training_flops=runs.flops)
+    rows = [dict(zip(named, map(float, values), strict=True)) for values in zip(*named.values(), strict=True)]
+    for place, row in enumerate(rows):
+        row.update({column: pair[place % 2] for column, pair in more.items()})
+    return rows
+
+
+def test_losses_that_cannot_be_compared_are_refused_or_noted(tmp_path, capsys):
+    runs, path = law_runs(noise=0.01), tmp_path / "runs.csv"
+    for column, pair in (("tokenizer", ("aa", "bb")), ("vocab_size", (1024, 512))):
+        assert main(["scaling", "fit", write_rows(path, rows_of(runs, **{column: pair}))]) == 2
+        error = capsys.readouterr().err
+        assert f"pick one, --where {column}={pair[0]}" in error and error.count("\n") == 1
+        # One kind beside rows that do not say is no contradiction.
+        table = write_rows(path, rows_of(runs, **{column: (pair[0], "")}))
+        assert fit_json(capsys, table, "--bootstrap", "0", "--json")["runs"] == len(runs)
+    differing = rows_of(
+        runs, device=("cpu", "H100"), loss_kind=("validation", "training"), device_seconds=(1, 2)
+    )
+    assert main(["scaling", "fit", write_rows(path, differing), "--bootstrap", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "differ in loss_kind (training, validation)" in shown
+    assert "different devices (H100, cpu): seconds are left out" in shown
+    equal = [{**row, "loss": 3.0} for row in rows_of(runs)]
+    assert main(["scaling", "fit", write_rows(path, equal)]) == 2
+    assert "column 'loss': all 42 losses are 3, which no law" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("column", "factor", "said"),
+    [
+        ("tokens", 1e-9, "D/N is"),
+        ("training_flops", 1e-15, "training FLOPs are"),
+        ("loss", 10.0, "is it a perplexity?"),
+    ],
+)
+def test_units_that_cannot_be_right_are_said(tmp_path, capsys, column, factor, said):
+    rows = [{**row, column: row[column] * factor} for row in rows_of(law_runs(noise=0.01))]
+    found = fit_json(capsys, write_rows(tmp_path / "runs.parquet", rows), "--bootstrap", "0", "--json")
+    assert any(said in warning for warning in found["warnings"])
+
+
+def test_costs_that_n_does_not_tell_are_said():
+    runs = law_runs(noise=0.01)
+    slow = np.where(np.arange(len(runs)) % 2, 1.0, 9.0)  # another program on the machine
+    timed = replace(runs, seconds=runs.flops * 1e-12 * slow)
+    said = analyse(timed, "runs.csv", FitSettings(resamples=0)).warnings
+    assert any("device seconds a token do not follow" in warning for warning in said)
+    assert analyse(runs, "runs.csv", FitSettings(resamples=0)).warnings == ()
+
+
+def test_shares_that_scatter_about_a_round_number_are_one_group():
+    runs = law_runs(gamma=0.3)
+    scatter = np.random.default_rng(0).uniform(-0.01, 0.01, len(runs))
+    runs = replace(runs, rho=np.where(runs.rho < 1, 0.35 + scatter, 1.0))  # a fourth routed, five layers
+    groups = rho_groups(runs)
+    assert [len(rows) for rows in groups] == [42, 42] and (runs.rho[groups[0]] == 1).all()
+    parabolas = fit_isoflop(runs).parabolas
+    assert len(parabolas) == 12 and all(parabola.runs == 7 for parabola in parabolas)
+
+
 def test_empty_missing_and_foreign_tables(tmp_path, capsys):
     (tmp_path / "runs.csv").write_text("a,b\n")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 not really")
@@ -187,9 +263,10 @@ def test_empty_missing_and_foreign_tables(tmp_path, capsys):
     ):
         assert main(["scaling", "fit", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
-    (tmp_path / "fit.json").write_text("[1]")
-    with pytest.raises(DataError, match="is not a fit"):
-        load(tmp_path)
+    for foreign in ("[1]", '{"format": 2, "runs": {}}', "{"):
+        (tmp_path / "fit.json").write_text(foreign)
+        with pytest.raises(DataError, match="is not a fit"):
+            load(tmp_path)
 
 
 def test_fit_writes_figures_and_one_page_and_predict_reads_them(tmp_path):
@@ -229,3 +306,5 @@ def test_fit_writes_figures_and_one_page_and_predict_reads_them(tmp_path):
     figures = json.loads(done.stdout.splitlines()[-1])
     low, high = figures["multiplier"]["flops"]["interval"]
     assert low < np.exp(0.6 * (np.log(1 / 0.8) / 0.6 - 0.3)) < high  # exp((1-ρ)(q - pγ))
+    far = [*tool, "predict", str(tmp_path / "law"), "--optimum", "3e22"]
+    assert "extrapolated to 30 times" in subprocess.run(far, capture_output=True, text=True).stdout

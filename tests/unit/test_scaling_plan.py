@@ -18,11 +18,14 @@ from chiar_megatron.data.preprocess import preprocess
 from chiar_megatron.errors import ConfigError
 from chiar_megatron.metrics.jsonl import read_metrics
 from chiar_megatron.model.accounting import flops_per_sequence, parameter_count
+from chiar_megatron.scaling.analysis import Analysis, FitSettings, analyse, save
 from chiar_megatron.scaling.ladder import parse_size, parse_variant
-from chiar_megatron.scaling.manifest import read_sweep
+from chiar_megatron.scaling.manifest import planned_size, read_sweep
 from chiar_megatron.scaling.plan import batch_rule, lr_rule
+from chiar_megatron.scaling.predict import predict_run
 from chiar_megatron.scaling.table import read_table
 from chiar_megatron.training.loop import resolve
+from tests.unit.scaling_runs import law_runs
 from tests.unit.tiny_models import sample_text, tiny_tokenizer
 
 BASE = dict(
@@ -100,7 +103,42 @@ def test_isoflop_recipes_spend_their_budget(base, tmp_path, capsys):
     more = ["--ladder", "64x3", "--budgets", "9e9", "--schedules", "twin", "--batch-tokens", "64"]
     assert plan(base, tmp_path, *more) == 2 and "add to it with --add" in capsys.readouterr().err
     assert plan(base, tmp_path, *more, "--add", "--held-out") == 0
-    assert [run.held_out for run in read_sweep(tmp_path).runs] == [False] * 12 + [True]
+    both = read_sweep(tmp_path)
+    assert [run.held_out for run in both.runs] == [False] * 12 + [True]
+    assert main(["scaling", "collect", str(tmp_path), "--held-out"]) == 0
+    assert [row["size"] for row in read_table(tmp_path / "held_out.csv")] == ["64x3"]
+    assert not (tmp_path / "runs.csv").exists()  # the table that is fitted
+    assert both.rules[0].startswith("32x3, 48x4: batch 64 tokens") and any(
+        rule.startswith("64x3:") for rule in both.rules
+    )
+
+
+def test_every_batch_validates_on_equal_text_and_added_runs_are_sorted(base, tmp_path, capsys):
+    """The base validates on 2 batches of 8 sequences, whatever the batch that a run is given."""
+    few = ["--ladder", "32x3", "--schedules", "twin", "--add"]
+    for budget, batch in (("8e9", 128), ("2e9", 64), ("4e9", 32)):
+        assert plan(base, tmp_path, *few, "--budgets", budget, "--batch-tokens", str(batch)) == 0
+    sweep = read_sweep(tmp_path)
+    assert [run.budget for run in sweep.runs] == [2e9, 4e9, 8e9]
+    steps = [load_config(sweep.recipe(run)).training.eval_steps for run in sweep.runs]
+    assert [run.global_batch_size for run in sweep.runs] == [4, 2, 8] and steps == [4, 8, 2]
+    text = json.loads((base.parent / "data.json").read_text())["tokens"] * 0.8
+    shown = capsys.readouterr().out
+    assert f"1 runs read their text of {text:,.0f} tokens up to" in shown
+    assert sweep.runs[-1].tokens > text > sweep.runs[0].tokens
+
+
+def test_a_measured_fraction_counts_where_no_target_holds_it(base, tmp_path):
+    """A run folder that has logged two layers' shares, of which a tenth overflowed."""
+    (tmp_path / "run").mkdir()
+    record = dict(step=2, routed_fraction=[0.2, 0.4], overflow_fraction=[0.0, 0.5])
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    measured = ["--measured", str(tmp_path / "run"), "--ladder", "32x4", "--budgets", "4e9"]
+    assert plan(base, tmp_path / "sweep", *measured, "--schedules", "twin,chiar,chiar:0.5") == 0
+    shares = {run.variant: run.attention_share for run in read_sweep(tmp_path / "sweep").runs}
+    assert shares == pytest.approx({"twin": 1.0, "chiar": (0.2 * 2 + 1) / 4, "chiar:0.5": 0.5})
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2}\n')
+    assert plan(base, tmp_path / "other", *measured) == 2
 
 
 def test_other_kinds_of_sweep(base, tmp_path):
@@ -132,6 +170,8 @@ def test_the_published_rule_of_batch_and_rate():
         (["--ladder", "32x3", "--budgets", "-1"], "--budgets: -1.0 must be"),
         (["--ladder", "32x3,32x3", "--budgets", "1e9"], "--ladder: names one twice"),
         (["--ladder", "32x3", "--budgets", "10"], "no run is left"),
+        (["--ladder", "32x3", "--budgets", "9e9,9.001e9"], "two runs would be called twin_32x3_c9e09"),
+        (["--ladder", "32x3", "--budgets", "1e9", "--min-ratio", "nan"], "--min-ratio: nan must be"),
     ],
 )
 def test_bad_plans_are_refused(base, tmp_path, capsys, options, message):
@@ -160,6 +200,9 @@ def test_submit_runs_what_is_left_and_collect_tells_every_state(base, tmp_path, 
     assert main(["scaling", "collect", str(folder)]) == 0
     assert "2 finished" in capsys.readouterr().out
     rows = read_table(folder / "runs.csv")
+    summary = json.loads((base.parent / "data.json").read_text())
+    assert {row["tokenizer"] for row in rows} == {summary["tokenizer_sha256"][:12]}
+    assert {int(row["vocab_size"]) for row in rows} == {summary["tokenizer_vocab_size"]}
     records = read_metrics(Path(chiar.run_dir))
     fraction = sum(r["routed_fraction"][0] for r in records) / len(records)
     model = resolve(load_config(folder / chiar.recipe)).model
@@ -184,10 +227,28 @@ def test_submit_runs_what_is_left_and_collect_tells_every_state(base, tmp_path, 
     assert f"{twin.name} is finished: left out" in shown.err
     assert main(["scaling", "submit", str(folder), "--throttle=1"]) == 2
     assert "give --slurm too" in capsys.readouterr().err
-    assert main(["scaling", "submit", str(folder)]) == 0
+    law = a_law(tmp_path / "law")
+    assert main(["scaling", "submit", str(folder), "--fit", str(tmp_path / "law")]) == 0
     assert exit_file.stat().st_mtime_ns == before  # the finished one was not run again
+    predicted = predict_run(
+        law, n=chiar.parameters_non_embedding, d=chiar.tokens, flops=None, rho=chiar.attention_share
+    )
+    shown = capsys.readouterr().out
+    assert f"predicted before it starts: loss {predicted.loss.value:.4f}, 95%" in shown
+    assert f"loss {float(rows[1]['loss']):.4f}; predicted {predicted.loss.value:.4f}" in shown
+    assert json.loads((folder / "predictions.jsonl").read_text())["loss"] == predicted.loss.value
+    with pytest.raises(ConfigError, match="its N is the column 'Model Size'"):
+        planned_size(chiar, "Model Size")
     assert status(folder, capsys)[chiar.name] == "finished"
     states(folder, Path(chiar.run_dir), chiar.name, capsys)
+
+
+def a_law(folder: Path) -> Analysis:
+    """A fit whose N leaves embeddings out."""
+    settings = FitSettings(resamples=20)
+    law = analyse(law_runs(noise=0.01, gamma=0.3), "runs.csv", settings, "parameters_non_embedding")
+    save(law, folder / "fit.json")
+    return law
 
 
 def states(folder: Path, run_dir: Path, name: str, capsys) -> None:

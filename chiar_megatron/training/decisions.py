@@ -77,6 +77,7 @@ def _whole_sequence(part_SB: Tensor, batch: TokenBatch) -> Tensor:
     group = parallel_state.get_tensor_and_context_parallel_group()
     if dist.get_world_size(group) != size:  # tensor-parallel ranks hold the same part
         group = parallel_state.get_context_parallel_group()
+    part_SB = part_SB.contiguous()
     parts = [torch.empty_like(part_SB) for _ in range(size)]
-    dist.all_gather(parts, part_SB.contiguous(), group=group)
+    dist.all_gather(parts, part_SB, group=group)
     return torch.cat(parts)

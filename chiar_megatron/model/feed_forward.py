@@ -10,7 +10,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from chiar_megatron.operators.activation import bias_gelu
+from chiar_megatron.operators.activation import fuses_gelu, gelu
 from chiar_megatron.operators.parallel_linear import parallel_linear
 
 
@@ -37,7 +37,8 @@ class FeedForward(MLP):
             gate, up = parallel_linear(fc1, x_BSH).chunk(2, dim=-1)
             return self.activation_func(gate) * up  # type: ignore[no-any-return]
         assert self.activation_func is F.gelu
-        return bias_gelu(parallel_linear(fc1, x_BSH, biased=False), fc1.bias)
+        fused = fuses_gelu(x_BSH)
+        return gelu(parallel_linear(fc1, x_BSH, biased=not fused), fc1.bias if fused else None)
 
     def _dropout_inner(self, inner_BSF: Tensor) -> Tensor:
         if not self.training or self.config.hidden_dropout == 0.0:

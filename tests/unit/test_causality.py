@@ -33,7 +33,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
 }
 SAME: dict[str, Callable[[Tensor, Tensor], bool]] = {
     "dense": torch.equal,
-    "skip": lambda a, b: bool(torch.allclose(a, b, atol=1e-5, rtol=0)),
+    # Rows lie elsewhere in their matrices, so float32 rounds otherwise: 1.5e-5 of 6 was seen on one CPU.
+    "skip": lambda a, b: bool(torch.allclose(a, b, atol=5e-5, rtol=0)),
 }
 STYLES: dict[str, dict[str, Any]] = {
     "post": {},

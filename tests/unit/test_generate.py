@@ -103,8 +103,9 @@ def test_the_cache_keeps_documents_apart(pooling, norm):
     model = tiny_model(config)
     ids_BS = torch.randint(2, 61, (4, 16), generator=torch.Generator().manual_seed(4))
     ids_BS[0, 3] = ids_BS[1, 6] = ids_BS[2, 0] = ids_BS[2, 9] = ids_BS[2, 14] = ids_BS[3, 15] = 1
-    # RBF mixing after SwiGLU and RMSNorm: 1.08e-4 was seen on one CPU, less on others.
-    compare_with_and_without_cache(model, ids_BS, prompt=7, tolerance=3e-4)
+    # RMSNorm after RBF mixing magnifies rounding where a token is small: 3.4e-4 was seen on one CPU (median
+    # 8e-6), 7e-6 with weights in float64.
+    compare_with_and_without_cache(model, ids_BS, prompt=7, tolerance=1e-3)
     other_BS = ids_BS.clone()
     other_BS[0, :3] = torch.tensor([9, 8, 7])  # another document before: nothing may change
     with torch.no_grad():

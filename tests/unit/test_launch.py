@@ -196,8 +196,11 @@ def test_a_failing_rank_leaves_none_of_its_own_processes(tmp_path):
         f"""
         import subprocess
         child = subprocess.Popen(["sleep", "60"])
-        open(r"{tmp_path}/child" + str(rank), "w").write(str(child.pid))
+        own = r"{tmp_path}/child"
+        open(own + str(rank), "w").write(str(child.pid))
         if rank == 1:
+            while not (os.path.exists(own + "0") and open(own + "0").read()):
+                time.sleep(0.05)
             os._exit(1)
         time.sleep(60)
         """

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -342,7 +343,11 @@ def test_wandb_goes_on_under_the_same_id_after_a_resume(tmp_path: Path) -> None:
     # Two that begin within a second differ by a suffix: run-DATE_TIME-ID and run-DATE_TIME-ID-1.
     assert len(attempts) == 2 and all(f"-{run_id}" in path.name for path in attempts)
     for path in attempts:
-        content = (path / f"run-{run_id}.wandb").read_bytes()
+        # wandb's own process may write on for a moment after its end was waited for.
+        file, deadline = path / f"run-{run_id}.wandb", time.monotonic() + 30
+        while b"chiar-test" not in file.read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        content = file.read_bytes()
         for expected in (
             b"chiar-test",
             b"score_histogram/layer_3",

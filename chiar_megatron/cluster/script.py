@@ -31,6 +31,15 @@ class Array:
         return f"--array=0-{len(self.run_dirs) - 1}{at_once}"
 
 
+def _tasks(cluster: ClusterConfig, placement: Placement) -> list[str]:
+    """Of a node. Elastic, its processors alone: SLURM takes tasks times the most nodes as its tasks, and
+    queued again it would wait for as many nodes. Each attempt's `srun` brings its own."""
+    each = cluster.cpus_per_task
+    if cluster.elastic:
+        return [f"--mincpus={placement.tasks_per_node * (each or 1)}"]
+    return [f"--ntasks-per-node={placement.tasks_per_node}", *([f"--cpus-per-task={each}"] if each else [])]
+
+
 def pretrain_script(
     run_dir: Path,
     name: str,
@@ -44,10 +53,9 @@ def pretrain_script(
     options = [
         f"--job-name={name}",
         f"--nodes={_least(placement)}{placement.nodes}",
-        f"--ntasks-per-node={placement.tasks_per_node}",
+        *_tasks(cluster, placement),
         *_gpus(cluster, placement.tasks_per_node),
         *_optional(cluster, cluster.partition),
-        *([f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []),
         f"--time={cluster.time}",
         f"--signal=USR1@{cluster.signal_seconds}",
         "--requeue" if cluster.requeue else "--no-requeue",

@@ -144,6 +144,7 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
+        self._publish()  # at once: where a rank is should be known before it can stand still
         while not self._over.wait(self._period):
             status = self._publish()
             started = status.step > 1 and status.phase != "starting"

@@ -69,7 +69,8 @@ def histograms(metrics: Metrics, routed_layers: Sequence[int]) -> dict[str, list
 class TensorBoardWriter:
     """Event files in `<run folder>/tensorboard`; a resume hides what was logged for later steps.
 
-    They are hard links to those in the attempt's own folder.
+    They are hard links to those in the attempt's own folder. The last attempt's is taken over as a copy: what
+    that one, woken late, still appends is not seen here.
     """
 
     name = "TensorBoard"
@@ -88,6 +89,8 @@ class TensorBoardWriter:
         folder, own = claim.run_dir / "tensorboard", claim.folder / "tensorboard"
         try:
             folder.mkdir(exist_ok=True)
+            if older := sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+                os.close(claim.take_over(older[-1], older[-1].stat().st_size))
             self._writer: Any = SummaryWriter(str(own), purge_step=resume_step + 1 if resume_step else 0)
             self._writer.flush()
             # It appends by the file's name: that in the claim's folder, which a newer attempt takes away.

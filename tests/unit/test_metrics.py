@@ -286,6 +286,17 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert accumulator.Scalars("routed_fraction/layer_3")[0].value == pytest.approx(0.75)
 
 
+def test_tensorboard_does_not_see_an_older_copy_write_on(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    write_run(tmp_path, range(1, 8), tensorboard=True)
+    (older,) = (tmp_path / "tensorboard").iterdir()
+    before = older.read_bytes()
+    with older.open("ab") as late:
+        write_run(tmp_path, range(5, 10), resume_step=4, tensorboard=True)
+        late.write(b"late")
+    assert older.read_bytes() == before and len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
 def test_missing_tensorboard_names_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()  # a package of that name without anything in it hides the real one
     (tmp_path / "tensorboard" / "__init__.py").write_text("raise ImportError('No module named tensorboard')")

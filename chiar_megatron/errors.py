@@ -1,18 +1,21 @@
 """The exceptions a user can meet. Each message names the field, its value, the limit and the remedy.
 
 `assert` is kept for programmer errors; everything a user can cause raises one of these, which the
-command line turns into a short message and exit code 2.
+command line turns into a short message and exit code 2, or 1 where nothing was wrong with the input.
 """
 
 from __future__ import annotations
 
 EXIT_DONE = 0
+EXIT_FAILED = 1  # not by what was asked for: the same command may succeed later
 EXIT_BAD_INPUT = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, run the same command again
 
 
 class ChiarError(Exception):
     """Base of all errors a user can cause; `str(error)` is the whole message."""
+
+    exit_code = EXIT_BAD_INPUT
 
 
 class ConfigError(ChiarError):
@@ -24,7 +27,13 @@ class DataError(ChiarError):
 
 
 class LaunchError(ChiarError):
-    """Processes could not be started or could not find each other."""
+    """Processes could not be started, or what they were told about each other contradicts itself."""
+
+
+class RendezvousError(LaunchError):
+    """Processes did not find each other: a node that is down, a port that is taken."""
+
+    exit_code = EXIT_FAILED
 
 
 class CheckpointError(ChiarError):

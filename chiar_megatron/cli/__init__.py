@@ -19,11 +19,11 @@ from chiar_megatron.cli.planning import add_planning_verbs
 from chiar_megatron.cli.scaling import add_scaling_verbs
 from chiar_megatron.cli.text import add_text_verbs
 from chiar_megatron.cli.training import add_training_verbs
-from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, ChiarError
+from chiar_megatron.errors import EXIT_DONE, ChiarError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0 done, 2 bad input, 75 stopped early and resumable)."""
+    """Run one verb; returns the exit code (0 done, 1 failed, 2 bad input, 75 stopped early and resumable)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(parsed.run(parsed))
     except ChiarError as error:
         print(f"chiar: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from chiar_megatron.errors import LaunchError
+from chiar_megatron.errors import RendezvousError
 from chiar_megatron.runtime.env import ProcessEnv
 
 VERDICT_MARGIN_SECONDS = 10.0  # ranks that connected wait a little longer than rank 0 itself does
@@ -28,7 +28,7 @@ def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
     One process alone gets a `HashStore` and opens no port.
 
     Raises:
-        LaunchError: the port is in use, rank 0 cannot be reached, a rank started twice, or ranks did
+        RendezvousError: the port is in use, rank 0 cannot be reached, a rank started twice, or ranks did
             not appear in time (the message lists them).
     """
     if env.world_size == 1:
@@ -38,7 +38,7 @@ def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
     store = dist.PrefixStore(f"chiar/{env.job}", _open_store(env, timeout_seconds, hosts))
     if store.add(f"starts/{env.rank}", 1) > 1:
         first = store.get(f"arrived/{env.rank}").decode()
-        raise LaunchError(
+        raise RendezvousError(
             f"rank {env.rank} started twice, on {first} and on {env.host}: two launches share the port "
             f"{env.master_port} of {env.master_addr}. Set MASTER_PORT to another port for one of them."
         )
@@ -48,7 +48,7 @@ def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
     else:
         verdict = _hear_verdict(store, env, timeout_seconds)
     if verdict != COMPLETE:
-        raise LaunchError(
+        raise RendezvousError(
             f"{verdict} did not appear within {timeout_seconds:g} s "
             f"(this is rank {env.rank} on {env.host}). Look at what those ranks printed; if they were only "
             f"slow, raise runtime.start_timeout_seconds."
@@ -59,7 +59,7 @@ def rendezvous(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
 def open_client(env: ProcessEnv, timeout_seconds: float) -> dist.Store:
     """A connection of its own to the store of a launch that has met, for a thread beside training.
 
-    Raises LaunchError if rank 0 cannot be reached.
+    Raises RendezvousError if rank 0 cannot be reached.
     """
     return dist.PrefixStore(f"chiar/{env.job}/beside", _open_store(env, timeout_seconds, hosts_store=False))
 
@@ -76,15 +76,15 @@ def _open_store(env: ProcessEnv, timeout_seconds: float, hosts_store: bool) -> d
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         where = f"{env.master_addr}:{env.master_port}"
         if hosts_store and "EADDRINUSE" in str(error):
-            raise LaunchError(
+            raise RendezvousError(
                 f"MASTER_PORT={env.master_port} is in use on {env.host}, and rank 0 must listen there. Set "
                 f"MASTER_PORT to a free port for all ranks, or end what listens "
                 f"(`ss -ltnp 'sport = :{env.master_port}'` shows it)."
             ) from error
         if hosts_store:
             reason = str(error).partition("\n")[0]
-            raise LaunchError(f"rank 0 on {env.host} could not listen at {where}: {reason}") from error
-        raise LaunchError(
+            raise RendezvousError(f"rank 0 on {env.host} could not listen at {where}: {reason}") from error
+        raise RendezvousError(
             f"rank {env.rank} on {env.host} could not reach rank 0 at {where} within {timeout_seconds:g} s. "
             f"Check that rank 0 started, that MASTER_ADDR is its host, and that no firewall closes the port."
         ) from error
@@ -123,7 +123,7 @@ def _hear_verdict(store: dist.Store, env: ProcessEnv, timeout_seconds: float) ->
         return verdict
     except RuntimeError as error:
         waited = timeout_seconds + VERDICT_MARGIN_SECONDS
-        raise LaunchError(
+        raise RendezvousError(
             f"rank {env.rank} on {env.host} reached {env.master_addr}:{env.master_port}, but rank 0 ended or "
             f"did not answer within {waited:g} s. Look at what rank 0 printed."
         ) from error

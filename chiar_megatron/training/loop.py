@@ -21,8 +21,8 @@ from chiar_megatron.data.dataset import Streams, TokenBatch, TokenStream, build_
 from chiar_megatron.data.loader import BatchLayout, evaluation_batches, read_ahead
 from chiar_megatron.data.tokenizer import load_tokenizer
 from chiar_megatron.errors import (
-    EXIT_BAD_INPUT,
     EXIT_DONE,
+    EXIT_FAILED,
     EXIT_RESUMABLE,
     CheckpointError,
     ChiarError,
@@ -107,7 +107,7 @@ def _attempt(
         progress.wait_if_hung()
         kind = "not finite" if isinstance(error, NonFiniteError) else "error"
         reason = f"{kind}: " + (str(error).splitlines() or [type(error).__name__])[0]
-        code = EXIT_BAD_INPUT if isinstance(error, ChiarError) else 1
+        code = error.exit_code if isinstance(error, ChiarError) else EXIT_FAILED
         if trainer is not None:
             trainer.end(reason, code)
         elif world.is_main:

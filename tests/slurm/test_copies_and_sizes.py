@@ -145,3 +145,36 @@ def test_a_run_that_keeps_failing_stops(cluster: MiniCluster, data: Path, tmp_pa
     assert facts["Restarts"] == "1"
     assert [(end["reason"], end["step"]) for end in run.attempts()] == [("failure", 0)] * 2
     assert "2 attempts in a row failed after step 0" in run.output()
+
+
+def test_a_rank_that_does_not_come_is_no_bad_input(cluster: MiniCluster, data: Path, tmp_path: Path) -> None:
+    """A node where nothing starts costs an attempt, not the run."""
+    run = cluster_run(cluster, tmp_path, data, {"runtime": {"start_timeout_seconds": 20.0}})
+    python = tmp_path / "python"
+    missing = '[ "$3.$SLURM_PROCID.${SLURM_RESTART_COUNT:-0}" = pretrain.1.0 ] && exit 0'
+    python.write_text(f'#!/bin/bash\n{missing}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    try:
+        run.submit("--nodes", "2", python=str(python))
+        second = run.nodes()[1]
+        run.finish()
+    finally:
+        end_job(cluster, run.job)
+    assert [(end["reason"], end["exit_code"]) for end in run.attempts()] == [("failure", 1), ("done", 0)]
+    assert f"rank 1 of 4 (came from {second} 1 of 2) did not appear within 20 s" in run.output()
+
+
+def test_a_run_that_diverges_is_not_tried_again(cluster: MiniCluster, data: Path, tmp_path: Path) -> None:
+    options: Sections = {
+        "parallel": {"tensor_model_parallel_size": 1},
+        "optimizer": {"lr": 1e30},
+        "training": {"max_bad_steps": 4},
+    }
+    run = cluster_run(cluster, tmp_path, data, options)
+    try:
+        run.submit("--nodes", "1", gpus_per_node=1)
+        facts = cluster.wait_for(run.job, "FAILED")
+    finally:
+        end_job(cluster, run.job)
+    assert facts["Restarts"] == "0" and [end["reason"] for end in run.attempts()] == ["not finite"]
+    assert "not finite in 4 steps in a row (training.max_bad_steps)" in run.output()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +71,37 @@ def test_every_disturbance_is_told_and_leaves_no_trace(
     assert len({path.name.rpartition("-")[2] for path in (run.run_dir / "wandb").glob("offline-run-*")}) == 1
 
 
+def has_pending(pid: int, number: int) -> bool:
+    """Whether a process that stands still has a signal waiting."""
+    pending = re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in pending)
+
+
+@pytest.mark.long
+def test_its_time_limit(cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path) -> None:
+    """SLURM counts limits in minutes, the run takes seconds: it stands still until it is told to save."""
+    run = cluster_run(cluster, tmp_path, data)
+    try:
+        run.submit("--nodes", "2", time="2:00", signal_seconds=60)
+        run.wait_for_steps(4)
+        ranks = [rank for node in run.nodes() for rank in run.ranks_on(node)]
+        assert len(ranks) == 4
+        for rank in ranks:
+            rank.suspend()
+        run.wait_until(lambda: all(has_pending(rank.pid, signal.SIGUSR1) for rank in ranks), "told to save")
+        for rank in ranks:
+            rank.resume()
+        run.finish()
+    finally:
+        end_job(cluster, run.job)
+    reasons = [record["reason"] for record in run.attempts()]
+    assert len(reasons) > 1 and reasons == ["time limit"] * (len(reasons) - 1) + ["done"]
+    same_as(run, calm)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_five_random_kills(
-    cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path
-) -> None:
+def test_five_random_kills(cluster: MiniCluster, calm: ClusterRun, data: Path, tmp_path: Path) -> None:
     dice = random.Random(20261127)
     run = cluster_run(cluster, tmp_path, data)
     try:
@@ -86,4 +114,3 @@ def test_five_random_kills(
     same_as(run, calm)
     reasons = [record["reason"] for record in run.attempts()]
     assert reasons[-1] == "done" and set(reasons[:-1]) <= {"node failure", "lost with its node"}
-    print(reasons)

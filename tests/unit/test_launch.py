@@ -17,6 +17,7 @@ from chiar_megatron.errors import LaunchError
 from chiar_megatron.runtime.env import ProcessEnv, read_process_env
 from chiar_megatron.runtime.launch import LaunchResult, free_port, launch_local
 from tests.parallel.harness import REPOSITORY, run_ranks
+from tests.parallel.tiny_run import recipe, write_data, write_recipe
 
 
 def launch(body: str, num_processes: int = 2, **options: object) -> LaunchResult:
@@ -261,6 +262,19 @@ def test_hosts_that_did_not_come_in_full_are_named():
         LaunchError, match=r"ranks 1-6 of 7 \(came from n1 0 of 2, n2 0 of 4\) did not appear"
     ):
         rendezvous(env, 0.2)
+
+
+def test_a_rank_alone_fails_in_one_line_and_is_not_bad_input(tmp_path):
+    waits = {"runtime": {"device": "cpu", "start_timeout_seconds": 1.0}}
+    path = write_recipe(tmp_path / "r.yaml", recipe(write_data(tmp_path), tmp_path / "run", waits))
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "chiar_megatron.cli", "pretrain", path]
+    done = subprocess.run(
+        command, env={**os.environ, **place}, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("chiar: rank 1 of 2") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("listen_at", ["127.0.0.1", "0.0.0.0"])

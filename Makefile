@@ -15,8 +15,10 @@ help:
 demo: $(STAMP)
 	@$(VENV)/bin/python examples/demo_cpu/run.py $(if $(TEXT),--text $(TEXT))
 
+# Tests of one process share the cores; those that start several ranks have them to themselves.
 test: lint
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests/unit
+	@$(VENV)/bin/python -m pytest --ignore=tests/unit
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

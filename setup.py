@@ -37,6 +37,7 @@ EXTRAS_REQUIRE = {
     "dev": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",
+        "pytest-xdist>=3.6,<4",  # tests of one process on all cores
         "ruff>=0.14,<0.18",
         "mypy>=1.15,<3",
         "triton>=3.6,<4; platform_system == 'Linux'",  # its interpreter runs the kernels' tests on a CPU

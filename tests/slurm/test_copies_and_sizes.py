@@ -161,7 +161,8 @@ def test_a_rank_that_does_not_come_is_no_bad_input(cluster: MiniCluster, data: P
     finally:
         end_job(cluster, run.job)
     assert [(end["reason"], end["exit_code"]) for end in run.attempts()] == [("failure", 1), ("done", 0)]
-    assert f"rank 1 of 4 (came from {second} 1 of 2) did not appear within 20 s" in run.output()
+    (log,) = run.run_dir.glob("slurm-*.out")
+    assert f"rank 1 of 4 (came from {second} 1 of 2) did not appear within 20 s" in log.read_text()
 
 
 def test_a_run_that_diverges_is_not_tried_again(cluster: MiniCluster, data: Path, tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ class RendezvousError(LaunchError):
     exit_code = EXIT_FAILED
 
 
+class OtherRankError(ChiarError):
+    """Another rank failed, by a fault that its own output shows."""
+
+    exit_code = EXIT_FAILED
+
+
 class CheckpointError(ChiarError):
     """A checkpoint is missing, torn, or of another shape."""
 

@@ -18,8 +18,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.components import Component, IndexSettings
-from chiar_megatron.data.dataset import Streams, TokenStream, build_streams
+from chiar_megatron.data.dataset import Streams, TokenStream
 from chiar_megatron.runtime.distributed import World
+from chiar_megatron.training.loop import shared_streams
 
 KINDS = ("easy", "hard")
 END = 256
@@ -74,7 +75,7 @@ def kind_of_replica(replica: int, replicas: int) -> int:
 
 def skewed_streams(config: RunConfig, world: World, folder: Path) -> Streams:
     """Validation of each kind apart, and a training stream whose order gives each replica its own kind."""
-    streams = build_streams(config, is_builder=world.is_main, barrier=dist.barrier)
+    streams = shared_streams(config)
     training, micro = config.training, config.training.micro_batch_size
     samples = training.steps * training.global_batch_size
     replica_P = np.arange(samples) // micro % world.data_parallel_size

@@ -122,7 +122,7 @@ class StepBench:
                 data=replace(config.data, cache_dir=folder),
                 training=replace(config.training, steps=steps),
             )
-            train = build_streams(config, is_builder=True, barrier=lambda: None).train
+            train = build_streams(config).train
         assert train is not None
         return train
 

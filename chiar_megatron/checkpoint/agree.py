@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from chiar_megatron.errors import CheckpointError, ChiarError
+from chiar_megatron.errors import CheckpointError, ChiarError, OtherRankError
 
 Result = TypeVar("Result")
 
@@ -15,9 +15,11 @@ Result = TypeVar("Result")
 def on_main(action: Callable[[], Result]) -> Result:
     """Do something on rank 0 alone; every rank gets its result, or raises what it raised.
 
-    Raises ChiarError as `action` does, and CheckpointError for its OSError. Called by all ranks alike.
+    Raises ChiarError as `action` does, CheckpointError for its OSError, and for anything else OtherRankError
+    on the other ranks. Called by all ranks alike.
     """
     outcome: tuple[Result | None, ChiarError | None] = (None, None)
+    fault: Exception | None = None
     if dist.get_rank() == 0:
         try:
             outcome = (action(), None)
@@ -25,8 +27,12 @@ def on_main(action: Callable[[], Result]) -> Result:
             outcome = (None, error)
         except OSError as error:
             outcome = (None, CheckpointError(str(error)))
+        except Exception as error:
+            fault, outcome = error, (None, OtherRankError(f"rank 0 failed: {error!r}"))
     holder = [outcome]
     dist.broadcast_object_list(holder, src=0)
+    if fault is not None:
+        raise fault
     result, failure = holder[0]
     if failure is not None:
         raise failure

@@ -65,7 +65,7 @@ def prepare(config: RunConfig, workers: int, say: Callable[[str], None]) -> None
     else:
         tokenizer = load_tokenizer(config.data.tokenizer)
         config = resolve_config(config, vocab_size=tokenizer.vocab_size, eod_token=tokenizer.eod)
-    streams = build_streams(config, is_builder=True, barrier=lambda: None)
+    streams = build_streams(config)
     if streams.train is None:
         raise ConfigError(
             "data.train: is empty; give prefixes of .bin/.idx files, made by `chiar preprocess`"

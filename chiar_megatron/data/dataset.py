@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.data.components import Component, IndexSettings, cached_folder
 from chiar_megatron.data.tokenizer import load_tokenizer
-from chiar_megatron.errors import ChiarError, ConfigError, DataError
+from chiar_megatron.errors import ConfigError
 
 PADDING = -1
 """Position of a sample that counts for nothing; fills up the last batch of a validation."""
@@ -134,45 +134,21 @@ class Streams:
     """The same."""
 
 
-def build_streams(config: RunConfig, *, is_builder: bool, barrier: Callable[[], None]) -> Streams:
-    """The streams of a run; every rank calls it.
+def build_streams(config: RunConfig) -> Streams:
+    """The streams of a run, whose index cache is written where it lacks something: by one process.
 
-    The rank with `is_builder` (rank 0 of torch.distributed, if that runs) writes the index cache, all
-    call `barrier` once, then the others read it. Raises `DataError` or `ConfigError` on every rank alike
-    if data is missing, torn, too small or of another vocabulary, or its fields are malformed.
+    Raises `DataError` or `ConfigError` if data is missing, torn, too small or of another vocabulary, or its
+    fields are malformed.
     """
-    cache_dir = Path(config.data.cache_dir or Path(config.run_dir) / "index_cache")
-    failure_note = cache_dir / "failure.txt"
-    failure: Exception | None = None
-    streams: Streams | None = None
-    if is_builder:
-        try:
-            failure_note.unlink(missing_ok=True)
-            streams = _open_streams(config, cache_dir, build=True)
-        except Exception as error:  # held back: the others wait at the barrier
-            failure = error
-            _leave_note(failure_note, error)
-    barrier()
-    if failure is not None:
-        raise failure
-    if streams is None:
-        if failure_note.is_file():
-            raise DataError(failure_note.read_text(encoding="utf-8"))
-        streams = _open_streams(config, cache_dir, build=False)
-    return streams
+    return _open_streams(config, build=True)
 
 
-def _leave_note(note: Path, error: Exception) -> None:
-    """Tell the other ranks; if even that cannot be written, they miss the cache and fail by themselves."""
-    message = str(error) if isinstance(error, ChiarError) else f"rank 0 failed: {error!r}"
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(message, encoding="utf-8")
-    except OSError:
-        pass
+def read_streams(config: RunConfig) -> Streams:
+    """The same in every other process, once the cache is there. Raises as `build_streams` does."""
+    return _open_streams(config, build=False)
 
 
-def _open_streams(config: RunConfig, cache_dir: Path, *, build: bool) -> Streams:
+def _open_streams(config: RunConfig, *, build: bool) -> Streams:
     data = config.data
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer is not None else None
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
@@ -192,7 +168,7 @@ def _open_streams(config: RunConfig, cache_dir: Path, *, build: bool) -> Streams
         seq_length=config.model.seq_length,
         vocab_size=vocab_size,
         seed=config.training.seed,
-        cache_dir=cache_dir,
+        cache_dir=Path(config.data.cache_dir or Path(config.run_dir) / "index_cache"),
         build=build,
         tokenizer_sha256=tokenizer.sha256() if tokenizer else None,
     )

@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
-
 from chiar_megatron.checkpoint.agree import on_main
 from chiar_megatron.checkpoint.claim import join_claim
 from chiar_megatron.checkpoint.files import CheckpointInfo
@@ -17,7 +15,7 @@ from chiar_megatron.checkpoint.store import CheckpointStore, Commit, make_info
 from chiar_megatron.config.load import resolve_config, to_dict
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.config.validate import check_config
-from chiar_megatron.data.dataset import Streams, TokenBatch, TokenStream, build_streams
+from chiar_megatron.data.dataset import Streams, TokenBatch, TokenStream, build_streams, read_streams
 from chiar_megatron.data.loader import BatchLayout, evaluation_batches, read_ahead
 from chiar_megatron.data.tokenizer import load_tokenizer
 from chiar_megatron.errors import (
@@ -92,7 +90,7 @@ def _attempt(
     trainer = None
     try:
         if open_streams is None:
-            streams = build_streams(config, is_builder=world.is_main, barrier=dist.barrier)
+            streams = shared_streams(config)
         else:
             streams = open_streams(config)
         if streams.train is None:
@@ -113,6 +111,17 @@ def _attempt(
         elif world.is_main:
             folder.write_exit(reason, 0, code)
         raise
+
+
+def shared_streams(config: RunConfig) -> Streams:
+    """The run's streams on every rank, by an index cache that rank 0 writes first. Raises as `build_streams`
+    does, on all ranks alike."""
+
+    def build() -> None:
+        build_streams(config)
+
+    on_main(build)
+    return read_streams(config)
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -12,13 +12,12 @@ from megatron.core import parallel_state
 
 from chiar_megatron.config.load import config_from_dict
 from chiar_megatron.config.schema import RunConfig
-from chiar_megatron.data.dataset import build_streams
 from chiar_megatron.data.loader import BatchLayout, micro_batches
 from chiar_megatron.errors import ChiarError
 from chiar_megatron.runtime.distributed import World, initialize
 from chiar_megatron.runtime.env import read_process_env
 from chiar_megatron.training.engine import MegatronEngine
-from chiar_megatron.training.loop import pretrain, resolve
+from chiar_megatron.training.loop import pretrain, resolve, shared_streams
 
 
 @dataclass
@@ -63,7 +62,7 @@ def poison(recipe: dict[str, Any], rank: int) -> dict[str, Any]:
     """
     config = resolve(config_from_dict(recipe))
     world = enter(config)
-    streams = build_streams(config, is_builder=world.is_main, barrier=dist.barrier)
+    streams = shared_streams(config)
     assert streams.train is not None
     engine = MegatronEngine(config, world)
     layout = BatchLayout(

@@ -30,7 +30,7 @@ def test_srun_torchrun_and_mpirun_in_a_job(cluster: MiniCluster, tmp_path: Path)
     text.write_text("\n".join(f"line {n} of text, and {n * n} more" for n in range(40_000)))
     model = train_tokenizer([text], 300, tmp_path / "model")
     preprocess([text], model, tmp_path / "alone")
-    for name in ("srun", "torchrun", "mpirun"):
+    for name in ("srun", "torchrun", "pmix", "mpirun"):
         (tmp_path / name).mkdir()
     probe = "-m tests.parallel.launch_probe"
     chiar = (
@@ -48,6 +48,12 @@ def test_srun_torchrun_and_mpirun_in_a_job(cluster: MiniCluster, tmp_path: Path)
         f"{torchrun} {meeting} {probe} {tmp_path}/torchrun || exit",
         f"{torchrun} {probe} {tmp_path}/torchrun && exit 1",  # two runs of one rank each, it would be
     ]
+    plugins = subprocess.run(["srun", "--mpi=list"], env=cluster.environment, capture_output=True, text=True)
+    if has_pmix := "pmix" in plugins.stdout + plugins.stderr:
+        lines += [
+            f"srun --mpi=pmix {{python}} {probe} {tmp_path}/pmix || exit",
+            f"srun --mpi=pmix {{python}} {chiar}/by_pmix || exit",
+        ]
     if shutil.which("mpirun") is not None:
         lines += [
             f"mpirun {as_root} {{python}} {probe} {tmp_path}/mpirun || exit",
@@ -67,6 +73,9 @@ def test_srun_torchrun_and_mpirun_in_a_job(cluster: MiniCluster, tmp_path: Path)
     check_answers(tmp_path / "torchrun", "torchrun", 2)
     assert "Give torchrun --nnodes=2" in said
     ways = ["by_srun"]
+    if has_pmix:
+        check_answers(tmp_path / "pmix", "slurm", 2)
+        ways.append("by_pmix")
     if shutil.which("mpirun") is not None:
         check_answers(tmp_path / "mpirun", "openmpi", 2)
         ways.append("by_mpirun")

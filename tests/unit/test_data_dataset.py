@@ -25,6 +25,7 @@ from chiar_megatron.data.dataset import (
     build_streams,
     parse_blend,
     parse_skipped,
+    read_streams,
 )
 from chiar_megatron.data.preprocess import preprocess
 from chiar_megatron.data.tokenizer import load_tokenizer, train_tokenizer
@@ -53,7 +54,7 @@ def config_for(folder: Path, data: DataConfig, steps: int = 5, seed: int = 1, **
 
 
 def build(config: RunConfig) -> Streams:
-    return build_streams(config, is_builder=True, barrier=lambda: None)
+    return build_streams(config)
 
 
 def training_tokens(config: RunConfig) -> torch.Tensor:
@@ -209,33 +210,11 @@ def test_documents_are_numbered_within_a_sample(tmp_path: Path) -> None:
 def test_other_ranks_read_what_the_builder_wrote(tmp_path: Path) -> None:
     data = DataConfig(train=("1", write_numbers(tmp_path / "a", 9), "2", write_numbers(tmp_path / "b", 20)))
     config = config_for(tmp_path, data)
-    calls: list[str] = []
     with pytest.raises(DataError, match="rank 0 writes it"):
-        build_streams(config, is_builder=False, barrier=lambda: calls.append("reader"))
-    built: list[Streams] = []
-    late = build_streams(config, is_builder=False, barrier=lambda: built.append(build(config)))
-    assert calls == ["reader"] and late.train is not None and built[0].train is not None
-    assert torch.equal(late.train.read(range(20)).tokens_BS, built[0].train.read(range(20)).tokens_BS)
-
-
-def test_all_ranks_fail_together(tmp_path: Path) -> None:
-    """The builder still reaches the barrier, and the others learn its reason."""
-    prefix = write_numbers(tmp_path / "a", 9)
-    good = config_for(tmp_path, DataConfig(train=(prefix,)))
-    build(good)
-    calls: list[str] = []
-
-    def fail_as_builder() -> None:
-        bad = config_for(tmp_path, DataConfig(train=(prefix + "-missing",)))
-        with pytest.raises(DataError, match="missing.bin does not exist"):
-            build_streams(bad, is_builder=True, barrier=lambda: calls.append("builder"))
-
-    with pytest.raises(DataError, match="missing.bin does not exist"):
-        build_streams(good, is_builder=False, barrier=fail_as_builder)
-    assert calls == ["builder"]
-    # and the next start is not held up by the old failure
-    built: list[Streams] = []
-    assert build_streams(good, is_builder=False, barrier=lambda: built.append(build(good))).train is not None
+        read_streams(config)
+    built, late = build(config), read_streams(config)
+    assert late.train is not None and built.train is not None
+    assert torch.equal(late.train.read(range(20)).tokens_BS, built.train.read(range(20)).tokens_BS)
 
 
 def test_the_cache_is_whole_or_absent(tmp_path: Path) -> None:

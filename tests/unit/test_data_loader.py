@@ -35,7 +35,7 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenStream]:
         data=DataConfig(train=(f"{folder}/train",), validation=(f"{folder}/validation",)),
         training=TrainingConfig(steps=STEPS, global_batch_size=GLOBAL_BATCH),
     )
-    built = build_streams(config, is_builder=True, barrier=lambda: None)
+    built = build_streams(config)
     assert built.train is not None
     return {"train": built.train, "validation": built.validation["validation"]}
 

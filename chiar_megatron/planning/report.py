@@ -20,7 +20,7 @@ from chiar_megatron.model.accounting import (
     savings,
 )
 from chiar_megatron.model.pieces import Flops
-from chiar_megatron.model.pipeline import expected_capacity, expected_fraction, pipeline_cut, pipeline_layout
+from chiar_megatron.model.pipeline import expected_fraction, pipeline_cut, pipeline_layout, projected_rows
 from chiar_megatron.planning.activations import ActivationModel
 from chiar_megatron.planning.balance import RANKS, simulate
 from chiar_megatron.planning.candidates import Candidate, candidates, weigh
@@ -87,7 +87,7 @@ def _parameters(plan: Plan) -> Section:
 
 def _flops(plan: Plan) -> Section:
     config, model = plan.config, plan.config.model
-    fraction, capacity = expected_fraction(model.router), expected_capacity(config)
+    fraction, capacity = expected_fraction(model.router), projected_rows(config)
     ledger = flops_per_sequence(model, model.seq_length, fraction, capacity_fraction=capacity)
     token = Flops(*(part / model.seq_length for part in asdict(ledger.total()).values()))
     tokens = config.training.global_batch_size * model.seq_length
@@ -167,7 +167,7 @@ def _assumptions(cluster: Cluster) -> list[str]:
     measured = f"measured: {MEASURED_ON}" if cluster.tflops == MEASURED_TFLOPS else "as given"
     return [
         f"  assumed: {cluster.tflops:g} TFLOP/s executed by a GPU ({measured});",
-        f"  {UNCOMPILED:g} of it where layers are not compiled (tensor parallelism);",
+        f"  {UNCOMPILED:g} of it where layers are not compiled (tensor or context parallelism);",
         f"  {cluster.link_gb_s:g} GB/s within a node of {cluster.gpus_per_node} GPUs, "
         f"{cluster.network_gb_s:g} GB/s between nodes; nothing else takes time",
     ]

@@ -23,7 +23,8 @@ products do on a GPU, so there true variation is somewhat larger; communication 
 **Who waits for whom.** Data-parallel replicas wait for each other once a step: a step lasts as long as its
 slowest replica. Within a replica the layers follow each other and nothing waits but pipeline stages, which
 do at every micro-batch: the 1F1B schedule is played through (`pipeline_time.py`). Ranks that share a
-micro-batch (tensor, context parallel) have equal work. `over_mean` is the expected time of a step over the
+micro-batch (tensor, context parallel) have equal work; what context-parallel ranks project beyond the rows
+there are is left out. `over_mean` is the expected time of a step over the
 time if every micro-batch had the mean work of that very setting; `over_ideal` over the time if every
 micro-batch had the mean number of light tokens and no row were unused.
 """
@@ -46,6 +47,7 @@ from chiar_megatron.planning.traced_light import Pool, pools
 from chiar_megatron.routing.balance import capacity_rows
 
 RANKS = (8, 64, 512, 4096)
+MOST_RANKS = 65_536
 SETTINGS = ((False, False), (True, False), (False, True), (True, True))  # (controller, capacity)
 _NUMBERS = 20_000_000  # drawn for one row of the table: fewer steps where there are many ranks
 _STEPS = (16, 200)  # at least and at most so many simulated steps
@@ -138,11 +140,13 @@ def simulate(
     fit into are left out.
 
     Raises:
-        ChiarError: the traces are of another model, or no number of ranks is left.
+        ChiarError: the traces are of another model, a number of ranks is too large, or none is left.
     """
     routed = _routed(config)
     _check(config, traces, routed)
     one_replica = config.parallel.processes_per_replica
+    if max(ranks) > MOST_RANKS:
+        raise ChiarError(f"--ranks: {max(ranks)} is more than a simulation holds; give at most {MOST_RANKS}")
     sizes = [(number, number // one_replica) for number in ranks if number >= one_replica]
     if not sizes:
         raise ChiarError(

@@ -239,8 +239,14 @@ def test_the_verb_lists_layouts_that_run(tmp_path: Path, capsys: pytest.CaptureF
     assert told["parameters"]["total"] == 400_091_137
     text = plan(capsys, str(recipe), *options, "parallel.pipeline_model_parallel_size=4")
     assert "heaviest stage 1.0" in text and "with equal layer counts Et*7|t*7|t*7|t*7L" in text
-    small = plan(capsys, str(recipe), *options, "--gpu-memory-gib", "0.5")
-    assert "none" in small and "lower training.micro_batch_size" in small
+    assert main(["plan", str(recipe), *options, "--gpu-memory-gib", "0.5"]) == 2
+    told_small = capsys.readouterr()
+    assert "none" in told_small.out and "does NOT fit" in told_small.out
+    (line,) = told_small.err.splitlines()
+    assert line.startswith(
+        "chiar: --gpu-memory-gib: no layout of 16 GPUs fits in 92% of 0.5 GiB; the smallest"
+    )
+    assert line.endswith("use more or larger GPUs or lower training.micro_batch_size")
 
 
 @pytest.mark.parametrize(
@@ -250,6 +256,32 @@ def test_the_verb_lists_layouts_that_run(tmp_path: Path, capsys: pytest.CaptureF
         (["model.vocab_size=null"], "model.vocab_size: null, and there is no tokenizer to ask"),
         (["parallel.pipeline_model_parallel_size=40"], "number of layers: 28 is too few for 40 stages"),
         (["parallel.layouts=auto"], "nearest: parallel.layout"),
+        (["--ranks", "64"], "--ranks: there is nothing to simulate them from; give a run with --traces RUN"),
+        (
+            ["--traces", "not/here"],
+            "not/here/routing_traces holds no routing traces: train with logging.rout",
+        ),
+        (["parallel.context_parallel_size=3"], "model.seq_length: 256 is not divisible by parallel.context_"),
+        (["parallel.context_parallel_size=32"], "does not divide the 16 query heads of a process"),
+        (["--gpus", "6", "parallel.context_parallel_size=4"], "does not divide the 6 processes started"),
+        (
+            ["parallel.context_parallel_size=2", "model.num_query_groups=3"],
+            "model.num_attention_heads: 16 is not divisible by model.num_query_groups 3",
+        ),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            "virtual_pipeline_model_parallel_size: 2 needs parallel.pipeline_model_parallel_size above 1",
+        ),
+        (
+            [
+                "--gpus",
+                "6",
+                "parallel.pipeline_model_parallel_size=3",
+                "training.micro_batch_size=4",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+            ],
+            "they must come in multiples of the 3 stages",
+        ),
     ],
 )
 def test_bad_input_is_one_message(
@@ -263,3 +295,20 @@ def test_bad_input_is_one_message(
     assert main(["plan", str(recipe), *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "0"], "argument --gpus: 0 must be at least 1"),
+        (["--gpus", "many"], "argument --gpus: 'many' must be a whole number, at least 1"),
+        (["--gpu-memory-gib", "0"], "argument --gpu-memory-gib: 0.0 must be above 0 and finite"),
+        (["--tflops", "nan"], "argument --tflops: nan must be above 0 and finite"),
+        (["--link-gb-s", "fast"], "argument --link-gb-s: 'fast' must be a number above 0"),
+        (["--ranks", "8,"], "argument --ranks: '' must be a whole number, at least 1"),
+    ],
+)
+def test_a_bad_option_is_named(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "recipe.yaml", *options])
+    assert stopped.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(message)

@@ -9,8 +9,9 @@ rows, keys and values of 1/c of the heads: as many numbers, plus the copies of k
 round. The transfers keep nothing of their own, but what arrives from them is another tensor than what was
 sent: an output is kept by attention, which has some heads of all rows, and by the projection, which has all
 heads of own rows (min(R, tokens / c), used or not). Numbers and angles of rows are those of the whole
-micro-batch on every rank. Counted so by reading, and checked against what autograd keeps on a CPU; buffers of
-NCCL are not torch's, and not counted.
+micro-batch on every rank. What passes through the transfers of attention's backward pass is taken to be less
+than what does in the feed-forward layer's. Counted so by reading, and checked against what autograd keeps on
+a CPU; buffers of NCCL are not torch's, and not counted.
 """
 
 from __future__ import annotations

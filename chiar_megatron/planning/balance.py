@@ -47,11 +47,13 @@ from chiar_megatron.planning.traced_light import Pool, pools
 from chiar_megatron.routing.balance import capacity_rows
 
 RANKS = (8, 64, 512, 4096)
-MOST_RANKS = 65_536
 SETTINGS = ((False, False), (True, False), (False, True), (True, True))  # (controller, capacity)
 _NUMBERS = 20_000_000  # drawn for one row of the table: fewer steps where there are many ranks
 _STEPS = (16, 200)  # at least and at most so many simulated steps
 _CHUNK = 4_000_000  # numbers in memory at once
+_MOST_NUMBERS = (
+    120_000_000  # of one step's replicas, micro-batches and layers: a gigabyte, several times over
+)
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,6 @@ def simulate(
     routed = _routed(config)
     _check(config, traces, routed)
     one_replica = config.parallel.processes_per_replica
-    if max(ranks) > MOST_RANKS:
-        raise ChiarError(f"--ranks: {max(ranks)} is more than a simulation holds; give at most {MOST_RANKS}")
     sizes = [(number, number // one_replica) for number in ranks if number >= one_replica]
     if not sizes:
         raise ChiarError(
@@ -154,6 +154,12 @@ def simulate(
         )
     stages = _equal_stages(config) if stages is None else [list(stage) for stage in stages]
     work = _Work(config, routed, stages, traces)
+    most = _MOST_NUMBERS // (work.micro_batches * max(len(routed), work.micro_batch_size))
+    if max(replicas for _, replicas in sizes) > most:
+        raise ChiarError(
+            f"--ranks: {max(ranks)} ranks of {work.micro_batches} micro-batches a step are more than a "
+            f"simulation holds; give at most {most * one_replica}"
+        )
     pooled = pools(traces, work.target)
     texts = ["mixed"] + (["as recorded"] if len(set(traces[0].replica.tolist())) > 1 else [])
     estimates = []

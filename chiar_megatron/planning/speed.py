@@ -6,9 +6,11 @@ one after the other; then gradients are summed over replicas. Throughput is that
 optimizer included.
 
 Tensor- and context-parallel ranks share a layer's FLOPs equally: attention by heads, the rest by widths or
-tokens; projections of rows, which context-parallel ranks have more of than there are, as `pipeline_costs`
-counts them. Transfers within layers are those of the ledger of bytes (`model/traffic.py`) over the bandwidth
-that their group's span allows; no compute hides them, and no transfer has a latency.
+tokens, as if light tokens were spread evenly (mixing is not shared where dark ones lie together) and sequence
+parallelism on (without it tensor-parallel ranks all mix and score the same tokens); projections of rows,
+which context-parallel ranks have more of than there are, as `pipeline_costs` counts them. Transfers within
+layers are those of the ledger of bytes (`model/traffic.py`) over the bandwidth of their group;
+no compute hides them, and no transfer has a latency.
 """
 
 from __future__ import annotations

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def count(text: str) -> int:
     """An option's whole number, at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
@@ -23,7 +26,10 @@ def count(text: str) -> int:
 
 def positive(text: str) -> float:
     """An option's number, above 0 and finite."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0") from None
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} must be above 0 and finite")
     return value

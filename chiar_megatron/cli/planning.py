@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chiar_megatron.cli.common import count, positive
-from chiar_megatron.errors import EXIT_DONE
+from chiar_megatron.errors import EXIT_DONE, ChiarError
 
 if TYPE_CHECKING:
     from chiar_megatron.cli.common import Verbs
@@ -65,11 +65,15 @@ def _plan(parsed: argparse.Namespace) -> int:
         memory_gib=parsed.gpu_memory_gib,
         **{name: value for name, value in given.items() if value is not None},
     )
+    if parsed.ranks is not None and parsed.traces is None:
+        raise ChiarError("--ranks: there is nothing to simulate them from; give a run with --traces RUN")
     simulated = {} if parsed.ranks is None else {"ranks": parsed.ranks}
     plan = Plan(config, replicas, cluster, parsed.gpus is not None, parsed.traces, **simulated)
     print("\n".join([plan.json_line()] if parsed.json else plan.lines()), flush=True)
+    plan.check_fits()
     return EXIT_DONE
 
 
 def _counts(text: str) -> tuple[int, ...]:
+    """An option's numbers, each at least 1."""
     return tuple(count(part) for part in text.split(","))

@@ -9,7 +9,8 @@ One record of `metrics.jsonl` is one logged step. The training loop fills these 
 | z_loss | the extra term of the objective, nats per token; only where it is on |
 | grad_norm | global gradient norm before clipping |
 | learning_rate | of this step |
-| tokens_per_second, step_seconds | over all devices, since the last record, pauses excluded |
+| tokens_per_second, step_seconds | over all devices, from the end of the last record's step to the end of
+  this one, pauses excluded. On CUDA steps end as the device tells |
 | tokens_seen | training tokens since step 0 |
 | gate | MetaRouter's g; null without a MetaRouter |
 | mfu | share of the vendor's dense bf16 peak, in [0, 1]; GPU only |

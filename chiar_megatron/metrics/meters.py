@@ -77,13 +77,13 @@ class ThroughputReading:
     """What `Throughput.update` measured."""
 
     tokens_per_second: float
-    """Since the last update, pauses excluded."""
+    """From the end of the step of the last update to the end of this one's, pauses excluded."""
 
     smoothed_tokens_per_second: float
     """The same over about the last `smoothing_seconds`."""
 
     step_seconds: float
-    """Seconds of one step since the last update, pauses excluded."""
+    """Seconds of one step, between the same ends."""
 
     eta_seconds: float
     """Until the last step at the recent pace, pauses included."""
@@ -92,7 +92,8 @@ class ThroughputReading:
 class Throughput:
     """Turns steps, tokens and timestamps into rates. It never reads a clock, so it can be tested.
 
-    Validation and saving are pauses: they do not lower tokens/s, but they do lengthen the ETA.
+    Validation and saving are pauses: they do not lower tokens/s, but they do lengthen the ETA. A pause lies
+    behind the last step added, so it belongs to the window of the next one.
     """
 
     def __init__(
@@ -102,29 +103,33 @@ class Throughput:
         self._total_steps = total_steps
         self._smoothing_seconds = smoothing_seconds
         self._step, self._now = step, now
+        self._ended = now
         self._tokens = 0
-        self._paused = 0.0
+        self._paused = self._paused_since = 0.0  # before and behind the end of the last step
         # Sums that fade out exponentially; their ratios need no correction for the short start.
         self._faded_tokens = self._faded_steps = self._faded_busy = self._faded_wall = 0.0
 
     def pause(self, seconds: float) -> None:
-        """Count `seconds` since the last update as spent on something other than training."""
-        self._paused += seconds
+        """Count `seconds` since the last step's end as spent on something other than training."""
+        self._paused_since += seconds
 
-    def add_tokens(self, tokens: int) -> None:
-        """Count the tokens of one step, over all devices."""
+    def add_step(self, tokens: int, ended: float) -> None:
+        """Count a step: its tokens, over all devices, and when it ended, on the clock of the constructor."""
         self._tokens += tokens
+        self._ended = ended
+        self._paused, self._paused_since = self._paused + self._paused_since, 0.0
 
-    def update(self, step: int, now: float) -> ThroughputReading:
-        """Close the window since the last update.
+    def update(self, step: int) -> ThroughputReading:
+        """Close the window since the last update, at the end of the last step added.
 
         Args:
             step: steps done; more than at the last update.
-            now: seconds, on the clock of the constructor; later than the last update.
         """
-        steps, wall = step - self._step, now - self._now
+        steps, wall = step - self._step, self._ended - self._now
         if steps <= 0 or wall <= 0:
-            raise ValueError(f"update({step}, {now}) does not lie after update({self._step}, {self._now})")
+            raise ValueError(
+                f"step {step}, ended at {self._ended}, does not lie after step {self._step}, {self._now}"
+            )
         busy = max(wall - self._paused, 1e-9)
         keep = math.exp(-wall / self._smoothing_seconds)
         self._faded_tokens = keep * self._faded_tokens + self._tokens
@@ -137,5 +142,5 @@ class Throughput:
             step_seconds=busy / steps,
             eta_seconds=max(self._total_steps - step, 0) * self._faded_wall / self._faded_steps,
         )
-        self._step, self._now, self._tokens, self._paused = step, now, 0, 0.0
+        self._step, self._now, self._tokens, self._paused = step, self._ended, 0, 0.0
         return reading

@@ -8,6 +8,7 @@ sequences make 4 MB. The newest `logging.routing_traces` sequences are kept.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from chiar_megatron.checkpoint.claim import Claim
 from chiar_megatron.errors import ChiarError
+from chiar_megatron.routing.statistics import BINS
 
 _log = logging.getLogger(__name__)
 
@@ -141,9 +143,30 @@ def read_step(path: Path) -> StepTraces:
     """One file. Raises ChiarError if it is not one of traces."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return StepTraces(**{f.name: file[f.name] for f in fields(StepTraces)})
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+            traces = StepTraces(**{f.name: file[f.name] for f in fields(StepTraces)})
+        _check(traces)
+        return traces
+    except (OSError, ValueError, KeyError, BadZipFile, EOFError, zlib.error) as error:
         raise ChiarError(f"{path} is damaged or no file of routing traces; remove it") from error
+
+
+def _check(traces: StepTraces) -> None:
+    """Raise ValueError if arrays do not belong together."""
+    sequences, layers = len(traces.replica), len(traces.layers)
+    counts = {
+        "layers": (layers,),
+        "replica": (sequences,),
+        "light": (sequences, layers),
+        "histogram": (sequences, layers, BINS),
+    }
+    figures = dict.fromkeys(("threshold", "score_mean", "score_deviation"), (layers,))
+    for name, shape in {**counts, **figures}.items():
+        array = getattr(traces, name)
+        kind = np.integer if name in counts else np.floating
+        if array.shape != shape or not array.size or not np.issubdtype(array.dtype, kind):
+            raise ValueError(name)
+        if name in figures and not np.isfinite(array).all():
+            raise ValueError(name)
 
 
 def _path(folder: Path, step: int) -> Path:

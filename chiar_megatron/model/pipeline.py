@@ -85,14 +85,24 @@ def expected_capacity(config: RunConfig) -> float | None:
     return None if rows is None or computes_all(config.model.router) else rows / tokens
 
 
+def projected_rows(config: RunConfig) -> float | None:
+    """Rows that projections of routed layers run over in all, as a share of the tokens: those of
+    `expected_capacity`, but c context-parallel ranks have min(R, tokens / c) each, the most it may need."""
+    context, rows = config.parallel.context_parallel_size, expected_capacity(config)
+    if context == 1 or computes_all(config.model.router):
+        return rows
+    return min(1.0, context * (expected_fraction(config.model.router) if rows is None else rows))
+
+
 def pipeline_costs(config: RunConfig) -> Costs:
-    """What the recipe's layers and loss cost; config: resolved. Recomputed layers run forward twice."""
+    """What the recipe's layers and loss cost over all ranks that share a layer; config: resolved. Recomputed
+    layers run forward twice."""
     model = config.model
     ledger = flops_per_sequence(
         model,
         model.seq_length,
         expected_fraction(model.router),
-        capacity_fraction=expected_capacity(config),
+        capacity_fraction=projected_rows(config),
     )
     layers = [flops.executed for flops in ledger.per_layer()]
     if config.training.recompute == "full":

@@ -12,7 +12,6 @@ fixed size that cannot overflow, so what moves falls with the share of light tok
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -20,9 +19,11 @@ from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import ModelConfig, ParallelConfig
 from chiar_megatron.errors import ConfigError
 from chiar_megatron.model.pieces import Sizes
+from chiar_megatron.operators.context_parallel import key_value_copies
 from chiar_megatron.routing.balance import capacity_rows
 
 FLOAT32 = 4
+_OVER_CONTEXT = ("heads", "decision", "collapse", "rbf_features", "meta_router")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Transfer:
     """From 1."""
     forward: float
     backward: float
+
+    @property
+    def crosses_context(self) -> bool:
+        """Whether it goes to context-parallel ranks too; else it stays among tensor-parallel ones."""
+        return self.name in _OVER_CONTEXT
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ class _Counter:
     def _key_value_width(self) -> int:
         """Of keys and values, with the copies that context-parallel ranks are sent."""
         groups = (self.model.num_query_groups or 1) // self.parallel.tensor_model_parallel_size
-        copies = math.lcm(groups, self.parallel.context_parallel_size) // groups
+        copies = key_value_copies(groups, self.parallel.context_parallel_size)
         return copies * self.sizes.key_value_width // self.parallel.tensor_model_parallel_size
 
 

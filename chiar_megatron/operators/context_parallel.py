@@ -35,6 +35,11 @@ class PartedRows:
     arrived: TokenRows
 
 
+def key_value_copies(groups: int, size: int) -> int:
+    """How often each of some key-value groups is sent, so that they go round `size` ranks."""
+    return math.lcm(groups, size) // groups
+
+
 class HeadExchange:
     """Swaps parts of sequences for heads among the context-parallel ranks; gradients go the same way back."""
 
@@ -44,7 +49,7 @@ class HeadExchange:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         assert heads % self.size == 0 and heads % groups == 0, "checked with the config"
-        self.copies = math.lcm(groups, self.size) // groups
+        self.copies = key_value_copies(groups, self.size)
 
     def sequences(
         self, query_BSND: Tensor, key_BSGD: Tensor, value_BSGD: Tensor

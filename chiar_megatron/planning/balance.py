@@ -23,7 +23,8 @@ products do on a GPU, so there true variation is somewhat larger; communication 
 **Who waits for whom.** Data-parallel replicas wait for each other once a step: a step lasts as long as its
 slowest replica. Within a replica the layers follow each other and nothing waits but pipeline stages, which
 do at every micro-batch: the 1F1B schedule is played through (`pipeline_time.py`). Ranks that share a
-micro-batch (tensor, context parallel) have equal work. `over_mean` is the expected time of a step over the
+micro-batch (tensor, context parallel) have equal work; what context-parallel ranks project beyond the rows
+there are is left out. `over_mean` is the expected time of a step over the
 time if every micro-batch had the mean work of that very setting; `over_ideal` over the time if every
 micro-batch had the mean number of light tokens and no row were unused.
 """
@@ -50,6 +51,9 @@ SETTINGS = ((False, False), (True, False), (False, True), (True, True))  # (cont
 _NUMBERS = 20_000_000  # drawn for one row of the table: fewer steps where there are many ranks
 _STEPS = (16, 200)  # at least and at most so many simulated steps
 _CHUNK = 4_000_000  # numbers in memory at once
+_MOST_NUMBERS = (
+    120_000_000  # of one step's replicas, micro-batches and layers: a gigabyte, several times over
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def simulate(
     fit into are left out.
 
     Raises:
-        ChiarError: the traces are of another model, or no number of ranks is left.
+        ChiarError: the traces are of another model, a number of ranks is too large, or none is left.
     """
     routed = _routed(config)
     _check(config, traces, routed)
@@ -150,6 +154,12 @@ def simulate(
         )
     stages = _equal_stages(config) if stages is None else [list(stage) for stage in stages]
     work = _Work(config, routed, stages, traces)
+    most = _MOST_NUMBERS // (work.micro_batches * max(len(routed), work.micro_batch_size))
+    if max(replicas for _, replicas in sizes) > most:
+        raise ChiarError(
+            f"--ranks: {max(ranks)} ranks of {work.micro_batches} micro-batches a step are more than a "
+            f"simulation holds; give at most {most * one_replica}"
+        )
     pooled = pools(traces, work.target)
     texts = ["mixed"] + (["as recorded"] if len(set(traces[0].replica.tolist())) > 1 else [])
     estimates = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -120,4 +121,5 @@ def _replicas(config: RunConfig) -> int:
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    lower = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*lower, *(number // size for size in lower)})

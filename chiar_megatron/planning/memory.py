@@ -55,8 +55,8 @@ class StageMemory:
 def stage_memory(config: RunConfig, replicas: int, compiled: bool) -> list[StageMemory]:
     """Of every pipeline stage; config: resolved. replicas: data-parallel size.
 
-    compiled: whether layers are compiled (`runtime.compile`), which on CUDA they are without tensor
-    parallelism.
+    compiled: whether layers are compiled (`runtime.compile`), which on CUDA they are without tensor and
+    context parallelism.
     """
     layout = pipeline_layout(config)
     return [
@@ -107,16 +107,17 @@ def _layers(
     """(bytes kept over all micro-batches under way, bytes that pass while one layer goes backward)."""
     stages = config.parallel.pipeline_model_parallel_size
     kinds, again = parse_schedule(config.model.schedule), config.training.recompute == "full"
-    kept, passing, first = 0.0, 0.0, 0
+    tokens, kept, passing, first = activations.tokens, 0.0, 0.0, 0
     in_flight = micro_batches_in_flight(config, len(layout), stage)
     for chunk, layers in enumerate(layout):
         if chunk % stages == stage:
             for kind in kinds[first : first + layers]:
                 layer = activations.layer(kind)
-                kept += in_flight[chunk // stages] * (layer.input if again else layer.kept)
-                passing = max(passing, layer.passing + (layer.kept if again else 0.0))
+                whole = layer.kept * tokens + layer.constant
+                kept += in_flight[chunk // stages] * (layer.input * tokens if again else whole)
+                passing = max(passing, layer.passing * tokens + (whole if again else 0.0))
         first += layers
-    return kept * activations.tokens, passing * activations.tokens
+    return kept, passing
 
 
 def micro_batches_in_flight(config: RunConfig, chunks: int, stage: int) -> list[float]:

@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from chiar_megatron.config.pipeline import layout_text
 from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.errors import ChiarError
 from chiar_megatron.metrics.traces import read_traces
 from chiar_megatron.model.accounting import (
     flops_per_sequence,
@@ -20,7 +22,7 @@ from chiar_megatron.model.accounting import (
     savings,
 )
 from chiar_megatron.model.pieces import Flops
-from chiar_megatron.model.pipeline import expected_capacity, expected_fraction, pipeline_cut, pipeline_layout
+from chiar_megatron.model.pipeline import expected_fraction, pipeline_cut, pipeline_layout, projected_rows
 from chiar_megatron.planning.activations import ActivationModel
 from chiar_megatron.planning.balance import RANKS, simulate
 from chiar_megatron.planning.candidates import Candidate, candidates, weigh
@@ -46,6 +48,27 @@ class Plan:
 
     ranks: tuple[int, ...] = RANKS
     """Numbers of ranks to simulate."""
+
+    @cached_property
+    def candidates(self) -> tuple[list[Candidate], list[Candidate]]:
+        """Layouts of the cluster that fit and those that do not."""
+        return candidates(self.config, self.cluster)
+
+    def check_fits(self) -> None:
+        """Raise ChiarError if layouts were asked for and none fits."""
+        if not self.listed or self.candidates[0]:
+            return
+        gib, gpus = self.cluster.memory_gib, self.cluster.gpus
+        smallest = min(self.candidates[1], key=lambda candidate: candidate.peak, default=None)
+        if smallest is None:
+            raise ChiarError(
+                f"--gpus: the recipe allows no layout of {gpus} GPUs; change its batch sizes or --gpus"
+            )
+        lower = " or lower training.micro_batch_size" if self.config.training.micro_batch_size > 1 else ""
+        raise ChiarError(
+            f"--gpu-memory-gib: no layout of {gpus} GPUs fits in {USABLE:.0%} of {gib:g} GiB; the smallest "
+            f"needs {smallest.peak / GIB:.1f} GiB ({smallest.name}): use more or larger GPUs{lower}"
+        )
 
     def lines(self) -> Iterator[str]:
         """For people."""
@@ -87,7 +110,7 @@ def _parameters(plan: Plan) -> Section:
 
 def _flops(plan: Plan) -> Section:
     config, model = plan.config, plan.config.model
-    fraction, capacity = expected_fraction(model.router), expected_capacity(config)
+    fraction, capacity = expected_fraction(model.router), projected_rows(config)
     ledger = flops_per_sequence(model, model.seq_length, fraction, capacity_fraction=capacity)
     token = Flops(*(part / model.seq_length for part in asdict(ledger.total()).values()))
     tokens = config.training.global_batch_size * model.seq_length
@@ -167,7 +190,7 @@ def _assumptions(cluster: Cluster) -> list[str]:
     measured = f"measured: {MEASURED_ON}" if cluster.tflops == MEASURED_TFLOPS else "as given"
     return [
         f"  assumed: {cluster.tflops:g} TFLOP/s executed by a GPU ({measured});",
-        f"  {UNCOMPILED:g} of it where layers are not compiled (tensor parallelism);",
+        f"  {UNCOMPILED:g} of it where layers are not compiled (tensor or context parallelism);",
         f"  {cluster.link_gb_s:g} GB/s within a node of {cluster.gpus_per_node} GPUs, "
         f"{cluster.network_gb_s:g} GB/s between nodes; nothing else takes time",
     ]
@@ -176,12 +199,12 @@ def _assumptions(cluster: Cluster) -> list[str]:
 def _layouts(plan: Plan) -> Section:
     if not plan.listed:
         return [], {}
-    fitting, others = candidates(plan.config, plan.cluster)
+    fitting, others = plan.candidates
     lines = [f"layouts of {plan.cluster.gpus} GPUs that fit, by estimated step time:"]
     lines.append(f"  {'ms':>8}{'tokens/s':>12}{'GiB':>7}{'heaviest':>10}  layout")
     for candidate in fitting[:_SHOWN]:
         lines.append(
-            f"  {1e3 * candidate.time.total:>8.0f}{candidate.tokens_per_second:>12,.0f}"
+            f"  {1e3 * candidate.time.total:>8.1f}{candidate.tokens_per_second:>12,.0f}"
             f"{candidate.peak / GIB:>7.1f}{candidate.cut.heaviest:>9.2f}×  {candidate.name}"
         )
     if len(fitting) > _SHOWN:
@@ -192,7 +215,6 @@ def _layouts(plan: Plan) -> Section:
         small = others[0]
         lines.append(
             f"  {len(others)} more do not fit; the smallest needs {small.peak / GIB:.1f} GiB ({small.name})"
-            + ("" if fitting else "; lower training.micro_batch_size")
         )
     fields = [_candidate_fields(candidate) for candidate in fitting]
     return lines, {"layouts": fields, "not_fitting": len(others)}

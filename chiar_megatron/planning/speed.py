@@ -1,25 +1,33 @@
 """How long a step takes, by a model simple enough to be checked by hand.
 
-A micro-batch takes its heaviest stage's executed FLOPs ÷ the throughput of a GPU, plus its transfers; a
-pipeline of P stages in V chunks each does `micro-batches + (P - 1)/V` of those one after the other; then
-gradients are summed over replicas. Throughput is that of measured whole steps, optimizer included.
+A micro-batch takes the executed FLOPs of a stage ÷ the throughput of a GPU, plus its transfers, on the stage
+where that takes longest; a pipeline of P stages in V chunks each does `micro-batches + (P - 1)/V` of those
+one after the other; then gradients are summed over replicas. Throughput is that of measured whole steps,
+optimizer included.
+
+Tensor- and context-parallel ranks share a layer's FLOPs equally: attention by heads, the rest by widths or
+tokens, as if light tokens were spread evenly (mixing is not shared where dark ones lie together) and sequence
+parallelism on (without it tensor-parallel ranks all mix and score the same tokens); projections of rows,
+which context-parallel ranks have more of than there are, as `pipeline_costs` counts them. Transfers within
+layers are those of the ledger of bytes (`model/traffic.py`) over the bandwidth of their group;
+no compute hides them, and no transfer has a latency.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from chiar_megatron.config.schedule import parse_schedule
+from chiar_megatron.config.pipeline import Layout
 from chiar_megatron.config.schema import RunConfig
-from chiar_megatron.model.pieces import Sizes
-from chiar_megatron.model.pipeline import pipeline_costs, pipeline_layout
+from chiar_megatron.model.pipeline import expected_fraction, pipeline_costs, pipeline_layout
+from chiar_megatron.model.traffic import traffic_per_micro_batch
 from chiar_megatron.planning.weights import stage_parameters
 from chiar_megatron.runtime.paths import would_compile
 
 MEASURED_TFLOPS = 430.0
 MEASURED_ON = "one H200, bf16, whole steps of the 400M models: 384 to 478"
-# Of layers that are not compiled, as under tensor parallelism: 105.6k tokens/s beside 119.9k of the 400M twin
-# on one H200 (DESIGN, section 2).
+# Of layers that are not compiled, as under tensor and context parallelism: 105.6k tokens/s beside 119.9k of
+# the 400M twin on one H200 (DESIGN, section 2).
 UNCOMPILED = 0.88
 
 
@@ -50,11 +58,11 @@ class StepTime:
     compute: float
     """Were all stages equal and never waiting."""
     imbalance: float
-    """For the heaviest stage."""
+    """What the slowest stage has more of it than the mean."""
     bubble: float
     """Stages waiting for each other."""
     model_parallel: float
-    """Transfers of tensor, context and pipeline parallelism."""
+    """Transfers of tensor, context and pipeline parallelism, of the slowest stage."""
     data_parallel: float
     """Gradients and weights between replicas, where nothing hides it."""
 
@@ -74,48 +82,63 @@ def step_time(config: RunConfig, replicas: int, cluster: Cluster) -> StepTime:
     loads = costs.of_stages(layout, stages)
     rate = cluster.tflops * 1e12 * (1.0 if would_compile(config) else UNCOMPILED)
     per_load = training.micro_batch_size / (tensor * context * rate)
-    mean, heaviest = sum(loads) / stages * per_load, max(loads) * per_load
+    mean = sum(loads) / stages * per_load
+    within = _transfers_of_stages(config, layout, cluster)
+    slowest, transfers = max(
+        zip((load * per_load for load in loads), within, strict=True), key=lambda stage: sum(stage)
+    )
+    transfers += _sent_on(config, cluster)
     micro_batches = training.global_batch_size / (training.micro_batch_size * replicas)
     waiting = (stages - 1) / virtual
-    transfers = _model_transfers(config, cluster)
     data = _data_transfers(config, replicas, cluster)
     if parallel.overlap_grad_reduce:
-        data = max(0.0, data - heaviest * 2 / 3)  # the last micro-batch's backward pass hides it
+        data = max(0.0, data - slowest * 2 / 3)  # the last micro-batch's backward pass hides it
     return StepTime(
         compute=micro_batches * mean,
-        imbalance=micro_batches * (heaviest - mean),
-        bubble=waiting * heaviest,
+        imbalance=micro_batches * (slowest - mean),
+        bubble=waiting * slowest,
         model_parallel=(micro_batches + waiting) * transfers,
         data_parallel=data,
     )
 
 
-def _model_transfers(config: RunConfig, cluster: Cluster) -> float:
-    """Seconds of one micro-batch, forward and backward, on a stage of average length."""
-    parallel, sizes = config.parallel, Sizes.of(config.model)
+def _transfers_of_stages(config: RunConfig, layout: Layout, cluster: Cluster) -> list[float]:
+    """Seconds that each stage's layers take to exchange what they need of one micro-batch, forward and
+    backward."""
+    parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    stages = parallel.pipeline_model_parallel_size
-    element = 2 if config.training.precision == "bf16" else 4
-    tokens = config.training.micro_batch_size * config.model.seq_length / context
-    kinds = parse_schedule(config.model.schedule)
-    attending = sum(kind != "D" for kind in kinds) / stages
-    state = tokens * sizes.h * element
-    seconds = 0.0
-    if tensor > 1:
-        # An all-reduce behind attention and one behind the feed-forward layer, each way; with sequence
-        # parallelism a reduce-scatter and an all-gather move the same.
-        reductions = 2 * (attending + len(kinds) / stages)
-        moved = reductions * 2 * (tensor - 1) / tensor * state
-        seconds += moved / cluster.bytes_per_second(tensor)
-    if context > 1:
-        widths = 2 * sizes.query_width + sizes.key_value_width
-        moved = attending * 2 * (context - 1) / context * tokens * widths / tensor * element
-        seconds += moved / cluster.bytes_per_second(tensor * context)
-    if stages > 1:
-        shared = tensor if parallel.sequence_parallel else 1
-        moved = 2 * parallel.virtual_pipeline_model_parallel_size * state / shared
-        seconds += moved / cluster.bytes_per_second(cluster.gpus)
+    traffic = traffic_per_micro_batch(
+        config.model,
+        parallel,
+        config.training.micro_batch_size,
+        routed_fraction=expected_fraction(config.model.router),
+        element_bytes=_element_bytes(config),
+    )
+    stage_of_layer = [chunk % stages for chunk, layers in enumerate(layout) for _ in range(layers)]
+    forward_passes = 2 if config.training.recompute == "full" else 1
+    seconds = [0.0] * stages
+    for transfer in traffic.transfers:
+        moved = forward_passes * transfer.forward + transfer.backward
+        span = tensor * (context if transfer.crosses_context else 1)  # tensor-parallel ranks are neighbours
+        seconds[stage_of_layer[transfer.layer - 1]] += moved / cluster.bytes_per_second(span)
     return seconds
+
+
+def _sent_on(config: RunConfig, cluster: Cluster) -> float:
+    """Seconds for what a stage hands on of one micro-batch, there and back."""
+    parallel = config.parallel
+    if parallel.pipeline_model_parallel_size == 1:
+        return 0.0
+    tokens = config.training.micro_batch_size * config.model.seq_length / parallel.context_parallel_size
+    if parallel.sequence_parallel:
+        tokens /= parallel.tensor_model_parallel_size
+    state = tokens * config.model.hidden_size * _element_bytes(config)
+    moved = 2 * parallel.virtual_pipeline_model_parallel_size * state
+    return moved / cluster.bytes_per_second(cluster.gpus)
+
+
+def _element_bytes(config: RunConfig) -> int:
+    return 2 if config.training.precision == "bf16" else 4
 
 
 def _data_transfers(config: RunConfig, replicas: int, cluster: Cluster) -> float:

@@ -43,6 +43,7 @@ from chiar_megatron.training.step import (
     routed_layers,
     validation_sums,
 )
+from chiar_megatron.training.step_clock import StepClock
 
 
 @dataclass(frozen=True)
@@ -53,32 +54,36 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     taken: bool
+    ended: float
+    """When its work was done, in seconds of the monotonic clock."""
 
 
 class PendingStep:
     """A step under way: its figures are copied to the host as soon as the device has them."""
 
     def __init__(
-        self, sums: DeviceSums, grad_norm: torch.Tensor, taken: torch.Tensor, learning_rate: float
+        self,
+        sums: DeviceSums,
+        grad_norm: torch.Tensor,
+        taken: torch.Tensor,
+        learning_rate: float,
+        clock: StepClock,
     ) -> None:
-        self._sums, self._learning_rate = sums, learning_rate
+        self._sums, self._learning_rate, self._clock = sums, learning_rate, clock
         figures = torch.cat((sums.packed, torch.stack((grad_norm.double(), taken.double()))))
-        self._arrived = None
         if figures.device.type == "cuda":
             self._figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
             self._figures.copy_(figures, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
         else:
             self._figures = figures
+        self._end = clock.end()
 
     def result(self) -> StepResult:
-        """Wait for the figures."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        """Wait for the figures, in the order of steps."""
+        ended = self._clock.wait(self._end)
         sums = self._sums.read(self._figures[:-2])
         grad_norm, taken = self._figures[-2:].tolist()
-        return StepResult(sums, grad_norm, self._learning_rate, taken > 0.0)
+        return StepResult(sums, grad_norm, self._learning_rate, taken > 0.0, ended)
 
 
 class MegatronEngine:
@@ -115,6 +120,7 @@ class MegatronEngine:
         if graphed:
             self._train_pass = GraphedPass(CopiedGradients(self._train_pass, self.module))
         self.stopwatch = Stopwatch(world.device)
+        self.clock = StepClock(world.device)
         self.on_batch: Callable[[], None] = lambda: None
         """Called before each forward pass, but for those replayed as a CUDA graph."""
         self._last_sums: DeviceSums | None = None
@@ -147,6 +153,7 @@ class MegatronEngine:
         """`train_step` whose figures are not waited for: on CUDA all of it, whether the step is taken
         included, is decided on the device, and the host may go on. detailed: with what log intervals tell
         besides the sums (every rank must say the same)."""
+        self.clock.begin()
         seed_random_streams(self.config.training.seed, step, self.world)
         learning_rate = self.learning_rate.set(step)
         for wrapped in self.wrapped:
@@ -166,7 +173,7 @@ class MegatronEngine:
         # Gradients were summed over replicas and the norm over the rest: all ranks judge alike.
         taken = torch.isfinite(sums.loss) & torch.isfinite(grad_norm)
         self._update(sums, grad_norm, taken)
-        return PendingStep(sums, grad_norm, taken, learning_rate)
+        return PendingStep(sums, grad_norm, taken, learning_rate, self.clock)
 
     def _detail(self, batches: Sequence[TokenBatch]) -> Detail:
         traced = batches[0].tokens_BS.shape[0] if self.config.logging.routing_traces else 0

@@ -197,6 +197,7 @@ class Trainer:
         result = pending.result()
         self.step += 1
         self.tokens_seen += result.sums.tokens
+        self.reporter.count(result)
         self._judge(result)
         self._report_and_validate(result)
         self._settle(self.store.poll)

@@ -128,17 +128,19 @@ class Reporter:
         """Whether a record follows this step by its number alone; every rank answers alike."""
         return step % self.config.logging.log_interval_steps == 0 or step == self.config.training.steps
 
+    def count(self, result: StepResult) -> None:
+        """A step is done: its tokens and its time, before anything that pauses training."""
+        self.throughput.add_step(result.sums.tokens, result.ended)
+        self.clock.step_done(result.ended)
+
     def step(self, step: int, tokens_seen: int, result: StepResult, validation: dict[str, float]) -> None:
-        """Report one finished step."""
-        self.throughput.add_tokens(result.sums.tokens)
-        now = time.monotonic()
-        self.clock.step_done(now)
-        if self.clock.is_due(now):
+        """Report one finished step, which has been counted."""
+        if self.clock.is_due(time.monotonic()):
             self.times(step)
         self._watch(step, result)
         if self.writers is None or not (self.is_due(step) or validation):
             return
-        reading = self.throughput.update(step, time.monotonic())
+        reading = self.throughput.update(step)
         routing = result.sums.routing
         metrics: dict[str, Any] = {
             "step": step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -67,3 +68,20 @@ def test_compiled_and_replayed_steps_learn_as_eager_ones_do():
     assert not torch._dynamo.utils.counters["graph_break"]
     assert replayed == pytest.approx(eager, rel=2e-2)
     assert replayed[-1] < replayed[0]
+
+
+def test_every_eager_step_takes_its_time():
+    """One is under way while the host looks at the one before, and the last two are looked at together."""
+    engine = engine_of(compile=False, cuda_graph=False)
+    losses_of(engine, 3)
+    batches, pending, ends = [batch_of(step) for step in range(8)], [], []
+    started = time.monotonic()
+    for step, batch in enumerate(batches, start=3):
+        pending.append(engine.launch_step([batch], step))
+        if len(pending) > 1:
+            ends.append(pending.pop(0).result().ended)
+    ends.append(pending.pop().result().ended)
+    assert started < ends[0] and ends[-1] <= time.monotonic()
+    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    usual = sorted(seconds)[len(seconds) // 2]
+    assert min(seconds) > usual / 3, f"a step of {min(seconds)} s beside {usual} s"

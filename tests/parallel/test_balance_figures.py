@@ -26,6 +26,8 @@ LAYOUTS = {
     "DP=2 TP=2": ParallelConfig(tensor_model_parallel_size=2),
     "DP=2 TP=2+SP": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "DP=2 PP=2": ParallelConfig(pipeline_model_parallel_size=2),
+    "DP=2 PP=2 VPP=2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    "DP=2 CP=2": ParallelConfig(context_parallel_size=2),
     "DP=1 PP=2 TP=2+SP": ParallelConfig(
         tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
     ),

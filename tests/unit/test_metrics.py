@@ -57,10 +57,12 @@ def run_program(program: str, *first_on_path: Path) -> subprocess.CompletedProce
 
 def test_throughput_leaves_pauses_out_of_the_rate_but_not_out_of_the_eta() -> None:
     meter = Throughput(total_steps=100, now=10.0)
-    for _ in range(10):
-        meter.add_tokens(512)
+    meter.add_step(512, ended=10.5)
     meter.pause(3.0)
-    reading = meter.update(step=10, now=18.0)
+    for number in range(9):
+        meter.add_step(512, ended=14.0 + 0.5 * number)
+    meter.pause(100.0)  # behind the last step: the next window's
+    reading = meter.update(step=10)
     assert reading.tokens_per_second == pytest.approx(5120 / 5.0)
     assert reading.smoothed_tokens_per_second == pytest.approx(5120 / 5.0)
     assert reading.step_seconds == pytest.approx(0.5)
@@ -69,10 +71,10 @@ def test_throughput_leaves_pauses_out_of_the_rate_but_not_out_of_the_eta() -> No
 
 def test_throughput_smooths_over_its_time_constant() -> None:
     meter = Throughput(total_steps=1000, now=0.0, smoothing_seconds=10.0)
-    meter.add_tokens(100)
-    meter.update(step=1, now=10.0)
-    meter.add_tokens(400)
-    reading = meter.update(step=2, now=20.0)
+    meter.add_step(100, ended=10.0)
+    meter.update(step=1)
+    meter.add_step(400, ended=20.0)
+    reading = meter.update(step=2)
     old = math.exp(-1.0)  # a window one time constant back counts 1/e
     assert reading.tokens_per_second == pytest.approx(40.0)
     assert reading.smoothed_tokens_per_second == pytest.approx((100 * old + 400) / (10 * old + 10))
@@ -80,9 +82,10 @@ def test_throughput_smooths_over_its_time_constant() -> None:
 
 def test_eta_of_a_resumed_and_of_a_finished_run() -> None:
     meter = Throughput(total_steps=50, now=0.0, step=40)
-    meter.add_tokens(10)
-    assert meter.update(step=45, now=10.0).eta_seconds == pytest.approx(10.0)
-    assert meter.update(step=50, now=20.0).eta_seconds == 0.0
+    meter.add_step(10, ended=10.0)
+    assert meter.update(step=45).eta_seconds == pytest.approx(10.0)
+    meter.add_step(10, ended=20.0)
+    assert meter.update(step=50).eta_seconds == 0.0
 
 
 def test_mfu_counts_every_device() -> None:

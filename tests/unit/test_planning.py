@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
-from torch import Tensor
 
 from chiar_megatron.cli import main
 from chiar_megatron.config.load import config_from_dict, resolve_config
@@ -18,13 +16,14 @@ from chiar_megatron.config.validate import check_config
 from chiar_megatron.model.accounting import flops_per_sequence
 from chiar_megatron.model.build import build_model
 from chiar_megatron.model.initialize import initialize_parameters
-from chiar_megatron.model.layer import ChiarLayer
-from chiar_megatron.operators.context import ForwardContext
+from chiar_megatron.model.pipeline import pipeline_costs
 from chiar_megatron.planning.activations import ActivationModel
-from chiar_megatron.planning.candidates import weigh
+from chiar_megatron.planning.candidates import candidates, weigh
 from chiar_megatron.planning.memory import GIB, USABLE, micro_batches_in_flight, stage_memory
-from chiar_megatron.planning.speed import Cluster, step_time
+from chiar_megatron.planning.speed import UNCOMPILED, Cluster, step_time
+from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.runtime.distributed import single_process_world
+from tests.unit.kept_bytes import bytes_kept
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -79,28 +78,6 @@ def test_there_are_records_of_either_kind(pattern: str) -> None:
     assert sum("twin" in name for name in names) >= 4 and sum("ρ=" in name for name in names) >= 4
 
 
-def bytes_kept(config: RunConfig, layer: ChiarLayer) -> float:
-    """By autograd for one layer's backward pass, a token; weights are not counted, nor is a tensor twice."""
-    model = config.model
-    batch, own = config.training.micro_batch_size, {p.data_ptr() for p in layer.parameters()}
-    shape = (model.seq_length, batch, model.hidden_size)
-    x_SBH = torch.randn(shape, dtype=layer.config.params_dtype).requires_grad_()
-    context = ForwardContext(
-        tokens_BS=torch.zeros(batch, model.seq_length, dtype=torch.int64),
-        auxiliary_scale=torch.tensor(1.0),
-    )
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # alive, so its address is its own
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer.body(x_SBH.transpose(0, 1), context)
-    tokens = batch * model.seq_length
-    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own) / tokens
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("router", ["entropy", "soft"])
@@ -124,7 +101,8 @@ def test_activations_are_those_that_autograd_keeps(precision: str, norm: str, ro
     initialize_parameters(module, 1)
     planned = ActivationModel(config, compiled=False)
     for layer in module.train().chiar_layers:
-        found = bytes_kept(config, layer)
+        batch, length = config.training.micro_batch_size, config.model.seq_length
+        found = bytes_kept(layer, batch, length) / (batch * length)
         if layer.kind == "R" and norm == "post":
             # Beside the input, which attention keeps and the kernel reads again, a CPU keeps its spectrum.
             found -= planned.layer("R").input
@@ -181,6 +159,64 @@ def test_step_time_by_hand() -> None:
     assert slow.data_parallel > 0.5 and slow.model_parallel > 0.01
 
 
+@pytest.mark.parametrize(("groups", "sent_groups"), [(16, 16), (2, 4)])
+def test_context_parallel_step_by_hand(groups: int, sent_groups: int) -> None:
+    """Four ranks share the FLOPs; each sends queries, keys, values and outputs of its tokens for the heads
+    that it does not keep, and the gradients of them all back. Two groups go round four ranks twice."""
+    fields = {"model.preset": "400m-twin", "model.num_query_groups": groups, "training.precision": "bf16"}
+    fields |= {"training.micro_batch_size": 2, "training.global_batch_size": 8}
+    fields |= {"parallel.context_parallel_size": 4}
+    config = resolved(fields)
+    time = step_time(config, 1, Cluster(gpus=4, tflops=400.0, link_gb_s=100.0))
+    flops = flops_per_sequence(config.model, 256, 1.0).total().executed
+    assert time.compute == pytest.approx(8 * flops / (4 * UNCOMPILED * 400e12)) and time.imbalance == 0.0
+    tokens, head = 2 * 256 / 4, 64
+    sent = 3 / 4 * tokens * (2 * 16 + 2 * sent_groups) * head * 2
+    assert time.model_parallel == pytest.approx(4 * 28 * 2 * sent / 100e9)
+    apart = step_time(config, 1, Cluster(gpus=4, gpus_per_node=2, tflops=400.0, network_gb_s=10.0))
+    assert apart.model_parallel == pytest.approx(4 * 28 * 2 * sent / 10e9)
+    again = step_time(
+        resolved(fields | {"training.recompute": "full"}), 1, Cluster(gpus=4, tflops=400.0, link_gb_s=100.0)
+    )
+    assert again.model_parallel == pytest.approx(4 * 28 * 3 * sent / 100e9)
+
+
+@pytest.mark.parametrize(("target", "rows", "own_rows"), [(0.125, 320, 320), (0.5, 1088, 512)])
+def test_context_parallel_ranks_project_the_rows_they_may_have(target: float, rows: int, own_rows: int):
+    """Of 2,048 tokens in a micro-batch four ranks hold 512 each: all light ones may be one rank's."""
+    fields = {"model.preset": "400m", "model.schedule": "D R*2 A", "model.router.target": target}
+    fields |= {"model.router.kind": "random", "training.micro_batch_size": 8}
+    one, four = resolved(fields), resolved(fields | {"parallel.context_parallel_size": 4})
+    assert capacity_rows(one.model.router, 2048) == rows
+    # A query and an output projection of 1,024 × 1,024, forward and twice as much backward.
+    more = 2 * 2 * 1024**2 * 3 * (4 * own_rows - rows) / 8
+    costs, costs_of_one = pipeline_costs(four).layers, pipeline_costs(one).layers
+    assert [a - b for a, b in zip(costs, costs_of_one, strict=True)] == pytest.approx([0, more, more, 0])
+    dense = {"model.router.dispatch": "dense"}
+    assert (
+        pipeline_costs(resolved(fields | dense)).layers
+        == pipeline_costs(resolved(fields | dense | {"parallel.context_parallel_size": 4})).layers
+    )
+
+
+def test_context_parallel_ranks_share_a_long_sequence() -> None:
+    """One sequence that no replica could share: activations halve, what is kept of weights does not."""
+    fields = {"model.preset": "400m-twin", "model.seq_length": 32768, "model.dropout": 0.0}
+    fields |= {"training.micro_batch_size": 1, "training.global_batch_size": 1, "runtime.compile": False}
+    (one,), (two,), (four,) = (
+        stage_memory(resolved(fields | {"parallel.context_parallel_size": size}), 1, False)
+        for size in (1, 2, 4)
+    )
+    assert one.static == two.static == four.static
+    assert four.activations == pytest.approx(two.activations / 2, rel=0.02)
+    # Keys and values arrive as tensors of their own: the product of all three is not kept beside them.
+    assert 0.45 < two.activations / one.activations < 0.5
+    assert four.loss == pytest.approx(one.loss / 4)
+    listed, _ = candidates(resolved(fields), Cluster(gpus=4))
+    assert {c.config.parallel.context_parallel_size for c in listed} >= {2, 4}
+    assert [c.time.total for c in listed] == sorted(c.time.total for c in listed)
+
+
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["plan", *arguments]) == 0
     return capsys.readouterr().out
@@ -203,8 +239,14 @@ def test_the_verb_lists_layouts_that_run(tmp_path: Path, capsys: pytest.CaptureF
     assert told["parameters"]["total"] == 400_091_137
     text = plan(capsys, str(recipe), *options, "parallel.pipeline_model_parallel_size=4")
     assert "heaviest stage 1.0" in text and "with equal layer counts Et*7|t*7|t*7|t*7L" in text
-    small = plan(capsys, str(recipe), *options, "--gpu-memory-gib", "0.5")
-    assert "none" in small and "lower training.micro_batch_size" in small
+    assert main(["plan", str(recipe), *options, "--gpu-memory-gib", "0.5"]) == 2
+    told_small = capsys.readouterr()
+    assert "none" in told_small.out and "does NOT fit" in told_small.out
+    (line,) = told_small.err.splitlines()
+    assert line.startswith(
+        "chiar: --gpu-memory-gib: no layout of 16 GPUs fits in 92% of 0.5 GiB; the smallest"
+    )
+    assert line.endswith("use more or larger GPUs or lower training.micro_batch_size")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +256,32 @@ def test_the_verb_lists_layouts_that_run(tmp_path: Path, capsys: pytest.CaptureF
         (["model.vocab_size=null"], "model.vocab_size: null, and there is no tokenizer to ask"),
         (["parallel.pipeline_model_parallel_size=40"], "number of layers: 28 is too few for 40 stages"),
         (["parallel.layouts=auto"], "nearest: parallel.layout"),
+        (["--ranks", "64"], "--ranks: there is nothing to simulate them from; give a run with --traces RUN"),
+        (
+            ["--traces", "not/here"],
+            "not/here/routing_traces holds no routing traces: train with logging.rout",
+        ),
+        (["parallel.context_parallel_size=3"], "model.seq_length: 256 is not divisible by parallel.context_"),
+        (["parallel.context_parallel_size=32"], "does not divide the 16 query heads of a process"),
+        (["--gpus", "6", "parallel.context_parallel_size=4"], "does not divide the 6 processes started"),
+        (
+            ["parallel.context_parallel_size=2", "model.num_query_groups=3"],
+            "model.num_attention_heads: 16 is not divisible by model.num_query_groups 3",
+        ),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            "virtual_pipeline_model_parallel_size: 2 needs parallel.pipeline_model_parallel_size above 1",
+        ),
+        (
+            [
+                "--gpus",
+                "6",
+                "parallel.pipeline_model_parallel_size=3",
+                "training.micro_batch_size=4",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+            ],
+            "they must come in multiples of the 3 stages",
+        ),
     ],
 )
 def test_bad_input_is_one_message(
@@ -227,3 +295,20 @@ def test_bad_input_is_one_message(
     assert main(["plan", str(recipe), *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "0"], "argument --gpus: 0 must be at least 1"),
+        (["--gpus", "many"], "argument --gpus: 'many' must be a whole number, at least 1"),
+        (["--gpu-memory-gib", "0"], "argument --gpu-memory-gib: 0.0 must be above 0 and finite"),
+        (["--tflops", "nan"], "argument --tflops: nan must be above 0 and finite"),
+        (["--link-gb-s", "fast"], "argument --link-gb-s: 'fast' must be a number above 0"),
+        (["--ranks", "8,"], "argument --ranks: '' must be a whole number, at least 1"),
+    ],
+)
+def test_a_bad_option_is_named(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "recipe.yaml", *options])
+    assert stopped.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(message)

@@ -230,6 +230,37 @@ def test_the_newest_sequences_are_kept_and_a_damaged_file_is_named(tmp_path: Pat
     assert json.dumps(simulate(run_config(), read_traces(tmp_path), (8,)).as_dict())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"light": np.zeros((3, 3), np.uint16)},
+        {"replica": np.zeros(0, int), "light": np.zeros((0, 3), int), "histogram": np.zeros((0, 3, 18), int)},
+        {"threshold": np.full(3, np.nan)},
+        {"light": np.full((8, 3), "many")},
+        {"histogram": np.zeros((8, 3, 5), np.uint16)},
+    ],
+    ids=["another shape", "no sequences", "not a number", "words", "other bins"],
+)
+def test_arrays_that_do_not_belong_together_are_a_damaged_file(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    arrays = vars(traced(gaussian(8), 0.0, [0] * 4 + [1] * 4))
+    (tmp_path / "routing_traces").mkdir()
+    path = tmp_path / "routing_traces" / "step_00000010.npz"
+    np.savez(path, **arrays)
+    assert len(read_traces(tmp_path)) == 1
+    np.savez(path, **(arrays | change))
+    with pytest.raises(ChiarError, match=f"{path} is damaged or no file of routing traces; remove it"):
+        read_traces(tmp_path)
+
+
+def test_more_ranks_than_fit_are_refused() -> None:
+    with pytest.raises(
+        ChiarError, match="--ranks: 1000000000 ranks of 2 micro-batches a step .* at most 15000000$"
+    ):
+        simulate(run_config(), [traced(gaussian(8), 0.0, [0] * 8)], ranks=(8, 1_000_000_000))
+
+
 def test_chiar_plan_simulates_a_runs_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     TraceWriter(claim_run(tmp_path), 100, 0).write(10, traced(gaussian(40), 0.0, [0] * 40))
     recipe = tmp_path / "recipe.yaml"

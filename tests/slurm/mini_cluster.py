@@ -49,6 +49,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
+TmpFS={folder}/tmp/%n
 MailProg=/bin/true
 # no cgroups, no affinity, no accounting
 ProctrackType=proctrack/linuxproc
@@ -205,7 +206,7 @@ class MiniCluster:
         self._wait(lambda: self.idle() == len(self.nodes), "nodes are not idle", seconds)
 
     def _write_files(self) -> None:
-        for name in ("state", *(f"spool/{node}" for node in self.nodes)):
+        for name in ("state", *(f"{kind}/{node}" for node in self.nodes for kind in ("spool", "tmp"))):
             (self.folder / name).mkdir(parents=True)
         host = socket.gethostname().partition(".")[0]
         port = _free_ports(len(self.nodes) + 1)

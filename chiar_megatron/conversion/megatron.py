@@ -34,7 +34,7 @@ from chiar_megatron.conversion.canonical import (
 )
 from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.conversion.journal import Journal
-from chiar_megatron.conversion.megatron_args import CHIAR_KEY, args_of, config_of, is_plain_gpt
+from chiar_megatron.conversion.megatron_args import CHIAR_KEY, FP8_NOTE, args_of, config_of, is_plain_gpt
 from chiar_megatron.conversion.megatron_forward import megatron_answer
 from chiar_megatron.conversion.megatron_shards import (
     FILE,
@@ -44,6 +44,7 @@ from chiar_megatron.conversion.megatron_shards import (
     read_megatron_file,
     read_shards,
     stage_names,
+    transformer_engine_states,
     unfused,
 )
 from chiar_megatron.conversion.native import write_files
@@ -197,6 +198,8 @@ def _read_shards(folder: Path) -> Canonical:
     rows = sum(part.shape[0] for part in shards.parts[EMBEDDING])
     tied = not getattr(shards.args, "untie_embeddings_and_output_weights", False)
     config, notes = config_of(shards.args, folder, rows, tied)
+    if shards.has_extra_states and FP8_NOTE not in notes:
+        notes.append(FP8_NOTE)
     specs = tensor_specs(config.model)
     whole = {
         name: joined(parts, specs[name])
@@ -251,12 +254,15 @@ def _write_torch_dist(model: Canonical, folder: str, journal: Journal, options: 
 
 
 def _object_keys(model: Canonical, layers: int, stacks: bool) -> list[str]:
-    """The empty objects of linear layers, as megatron-core names them."""
-    names = extra_states(model.config.model)
+    """The empty objects of modules, as megatron-core names them, with what TransformerEngine's expect."""
     if not stacks:
-        return [f"{name}/shard_0_1" for name in names]
-    parts = [name.removeprefix("decoder.layers.").partition(".") for name in names]
-    return [f"decoder.layers.{own}/shard_{number}_{layers}" for number, _, own in parts]
+        return [f"{name}/shard_0_1" for name in extra_states(model.config.model)]
+    keys = []
+    for name in transformer_engine_states(model.tensors):
+        number, _, own = name.removeprefix("decoder.layers.").partition(".")
+        stacked = f"decoder.layers.{own}/shard_{number}_{layers}"
+        keys.append(stacked if number.isdigit() else f"{name}/shard_0_1")
+    return keys
 
 
 def _write_shards(model: Canonical, folder: str, journal: Journal, options: ConvertOptions) -> None:
@@ -276,7 +282,8 @@ def _write_shards(model: Canonical, folder: str, journal: Journal, options: Conv
             state[fused(own) if fuses else own] = cut(stored, specs[native], rank, size)
         if config.tie_embeddings and stages > 1 and stage == stages - 1:
             state[HEAD] = cut(with_padding(model.tensors[EMBEDDING], rows), specs[EMBEDDING], rank, size)
-        content = {"args": args, "checkpoint_version": _VERSION, "iteration": model.step, "model": state}
+        whole = {**state, **dict.fromkeys(transformer_engine_states(state) if fuses else ())}
+        content = {"args": args, "checkpoint_version": _VERSION, "iteration": model.step, "model": whole}
         write_torch_file(path, content, journal.advance)
 
     for stage in range(stages):

@@ -62,7 +62,7 @@ class HuggingFace(Format):
             raise ConfigError(f"--schedule {options.schedule}: {path} is a CHIAR-Former already")
         config = native_config(foreign, path)
         progress: dict[str, Any] = getattr(foreign, "pretraining", None) or {}
-        tokenizer, notes = find_tokenizer(path)
+        tokenizer, notes = find_tokenizer(path, options.tokenizer)
         return Canonical(
             config,
             native_tensors(config.model, stored_tensors(path), path),

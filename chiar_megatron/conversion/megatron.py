@@ -7,6 +7,7 @@ tensors beside Megatron-LM's, and our config among the arguments; our spec (`mod
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from chiar_megatron.checkpoint.torch_dist import (
     METADATA,
     Chunk,
     TorchDistWriter,
+    check_files,
     lazy_slice,
     read_metadata,
     stored_tensors,
@@ -57,6 +59,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common.pt"
 _VOCAB_UNIT = 128  # Megatron-LM's --make-vocab-size-divisible-by
 _VERSION = 3.0
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 
 
 class Megatron(Format):
@@ -83,13 +86,12 @@ class Megatron(Format):
         """The form, and how many shards."""
         folder = iteration_folder(path)
         if (folder / METADATA).is_file():
-            keys = stored_tensors(folder)
-            return {"form": "torch_dist", "has_optimizer": any(key.startswith("optimizer") for key in keys)}
+            args = read_megatron_file(folder / COMMON).get("args")
+            layout = {name: size for name in _LAYOUT if (size := getattr(args, name, None)) is not None}
+            has_optimizer = any(key.startswith(("optimizer.", "chained_")) for key in stored_tensors(folder))
+            return {"form": "torch_dist", "layout": layout, "has_optimizer": has_optimizer}
         shards = read_shards(folder)
-        layout = {
-            "tensor_model_parallel_size": shards.tensor_parallel,
-            "pipeline_model_parallel_size": shards.pipeline_parallel,
-        }
+        layout = dict(zip(_LAYOUT, (shards.tensor_parallel, shards.pipeline_parallel), strict=True))
         return {"form": "torch (mp_rank)", "layout": layout, "has_optimizer": shards.has_optimizer}
 
     def losses(self, model: Canonical, options: ConvertOptions) -> list[str]:
@@ -162,6 +164,7 @@ def _read_torch_dist(folder: Path) -> Canonical:
     if args is None:
         raise CheckpointError(f"{folder / COMMON} has no 'args', Megatron-LM's arguments")
     metadata = read_metadata(folder)
+    check_files(folder, metadata)
     stored = {name: t for name, t in stored_tensors(folder, metadata).items() if not _is_optimizers(name)}
     if EMBEDDING not in stored:
         raise CheckpointError(f"{folder} has no {EMBEDDING}: it is no GPT of Megatron-LM's")
@@ -180,7 +183,7 @@ def _read_torch_dist(folder: Path) -> Canonical:
             )
             whole = LazyTensor(part.shape[1:], part.dtype, partial(_first, part))
             tensors[f"decoder.layers.{layer}.{unfused(rest)}"] = whole
-    return _canonical(config, tensors, notes, int(common.get("iteration", 0)), folder)
+    return _canonical(config, tensors, notes, int(common.get("iteration", 0)), args, folder)
 
 
 def _is_optimizers(key: str) -> bool:
@@ -207,7 +210,7 @@ def _read_shards(folder: Path) -> Canonical:
         else LazyTensor(tuple(parts[0].shape), parts[0].dtype, _none)
         for name, parts in shards.parts.items()
     }
-    return _canonical(config, whole, notes, shards.iteration, folder)
+    return _canonical(config, whole, notes, shards.iteration, shards.args, folder)
 
 
 def _none() -> Tensor:
@@ -215,13 +218,15 @@ def _none() -> Tensor:
 
 
 def _canonical(
-    config: Any, tensors: Mapping[str, LazyTensor], notes: list[str], step: int, folder: Path
+    config: Any, tensors: Mapping[str, LazyTensor], notes: list[str], step: int, args: Namespace, folder: Path
 ) -> Canonical:
     vocab_size = config.model.vocab_size
     own = {name: without_padding(name, tensor, vocab_size) for name, tensor in tensors.items()}
     order = [name for name in tensor_specs(config.model) if name in own]
     ordered = {name: own[name] for name in (*order, *(own.keys() - set(order)))}
-    model = Canonical(config, ordered, step=step, notes=tuple(notes))
+    samples = getattr(args, "consumed_train_samples", 0)
+    tokens = samples * config.model.seq_length if isinstance(samples, int) else 0
+    model = Canonical(config, ordered, step=step, tokens_seen=tokens, notes=tuple(notes))
     check_tensors(model, folder)
     return model
 

@@ -83,6 +83,12 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
             "--bias-gelu-fusion computes GELU's tanh approximation; here, and in the answers compared, "
             "it is exact"
         )
+    dropouts = [float(getattr(args, f"{part}_dropout", None) or 0.0) for part in ("hidden", "attention")]
+    if dropouts[0] != dropouts[1]:
+        notes.append(
+            f"--hidden-dropout is {dropouts[0]}, --attention-dropout {dropouts[1]}; model.dropout is one for "
+            f"both, {min(dropouts)} taken"
+        )
     qkv_biased = biased or bool(getattr(args, "add_qkv_bias", False))
     is_grouped = getattr(args, "group_query_attention", False)
     norm_epsilon = getattr(args, "norm_epsilon", getattr(args, "layernorm_epsilon", 1e-5))
@@ -104,6 +110,7 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
         tie_embeddings=tied,
         rotary_base=float(getattr(args, "rotary_base", 10000)),
         rotary_scaling=_scaling_of(args),
+        dropout=min(dropouts),
         meta_router=MetaRouterConfig(enabled=False),
     )
     eod = getattr(args, "eod_token", None)

@@ -88,8 +88,10 @@ def read_torch_value(path: Path, accepted: Sequence[Any] = ()) -> Any:
             "read; save it again without that object"
         ) from None
     except Exception as error:  # torch.load raises nearly anything for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: {reason}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
+        raise CheckpointError(
+            f"{path} is no PyTorch checkpoint, or is torn: copy it again ({reason})"
+        ) from None
 
 
 @contextmanager

@@ -94,6 +94,20 @@ def read_metadata(folder: Path) -> Metadata:
     return content
 
 
+def check_files(folder: Path, metadata: Metadata) -> None:
+    """Raise CheckpointError, naming it, for a file that is missing or ends before what should lie in it."""
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in sorted(ends.items()):
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            raise CheckpointError(f"{folder / name} is missing; copy it too") from None
+        if size < end:
+            raise CheckpointError(f"{folder / name} has {size} bytes, {end} were written; copy it again")
+
+
 @contextmanager
 def nothing_executed() -> Iterator[None]:
     """Within, `dist_checkpointing.load` reads a folder's `.metadata` and small objects with lists of what
@@ -202,8 +216,8 @@ def _read_slice(
     try:
         reader.read_data(LoadPlan(items), _Target(out)).wait()  # type: ignore[arg-type]
     except Exception as error:  # torch.load raises nearly anything for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: {key} cannot be read: {reason}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
+        raise CheckpointError(f"{folder}: {key} is torn; copy the folder again ({reason})") from None
     return out
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chiar_megatron.cli.common import count
-from chiar_megatron.errors import EXIT_DONE, ConfigError
+from chiar_megatron.errors import EXIT_DONE, EXIT_RESUMABLE, ConfigError
 
 if TYPE_CHECKING:
     from chiar_megatron.cli.common import Verbs
@@ -66,10 +67,10 @@ def add_convert(verbs: Verbs) -> None:
 def _size(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     unit = units.get(text[-2:].upper(), 1)
-    value = int(float(text[:-2] if unit > 1 else text) * unit)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
+    value = float(text[:-2] if unit > 1 else text) * unit
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return int(value)
 
 
 def _convert(parsed: argparse.Namespace) -> int:
@@ -110,6 +111,9 @@ def _convert(parsed: argparse.Namespace) -> int:
             options,
             lambda note: print(f"note: {note}", flush=True),
         )
+    except KeyboardInterrupt:
+        print("chiar: interrupted; the same command takes up what is finished", file=sys.stderr)
+        return EXIT_RESUMABLE
     finally:
         shutdown()
     print("\n".join([*summary(report, with_notes=False), f"written to {parsed.destination}"]))

@@ -45,6 +45,7 @@ def convert(
     does not agree.
     """
     reader, writer = _formats(source_format, target_format)
+    _refuse_unused(source_format, target_format, options)
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination} exists already; remove it or give another destination")
     if not os.path.lexists(source):
@@ -53,6 +54,8 @@ def convert(
     _return_freed_memory()
     single_process_world("cpu")
     model = _with_tokenizer(cast(reader.read(source, options), options.dtype), options)
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{destination} lies within the source {source}; give another destination")
     model = replace(model, notes=(*model.notes, *writer.losses(model, options)))
     for note in model.notes:
         say(note)
@@ -180,6 +183,31 @@ def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:
             f"{target_format}"
         )
     return _format(source_format), _format(target_format)
+
+
+def _refuse_unused(source_format: str, target_format: str, options: ConvertOptions) -> None:
+    """Raise ConfigError for an option that means nothing to these formats: another was meant."""
+    reference, megatron = options.reference, options.megatron
+    is_older = target_format == "megatron" and megatron.checkpoint_format == "torch"
+    cuts = (megatron.tensor_parallel, megatron.pipeline_parallel)
+    for option, is_given, is_used, where in (
+        ("--num-heads", reference.num_heads is not None, source_format == "reference", "--from reference"),
+        ("--tau-low", reference.tau_low is not None, source_format == "reference", "--from reference"),
+        ("--tau-high", reference.tau_high is not None, source_format == "reference", "--from reference"),
+        (
+            "--routing-mode",
+            reference.routing_mode is not None,
+            source_format == "reference",
+            "--from reference",
+        ),
+        ("--config", options.config is not None, source_format == "deepspeed", "--from deepspeed"),
+        ("--schedule", options.schedule is not None, source_format == "huggingface", "--from huggingface"),
+        ("--checkpoint-format torch", megatron.checkpoint_format == "torch", is_older, "--to megatron"),
+        ("--tensor-parallel", cuts[0] > 1, is_older, "--to megatron --checkpoint-format torch"),
+        ("--pipeline-parallel", cuts[1] > 1, is_older, "--to megatron --checkpoint-format torch"),
+    ):
+        if is_given and not is_used:
+            raise ConfigError(f"{option} is for {where} alone; leave it out")
 
 
 def _return_freed_memory() -> None:

@@ -67,7 +67,7 @@ class DeepSpeed(Format):
         config = native_config(source.config, path)
         stored = source.found.tensors
         tensors = native_tensors(config.model, _widened(stored) if source.found.stage else stored, path)
-        tokenizer, missing = find_tokenizer(source.config_folder)
+        tokenizer, missing = find_tokenizer(source.config_folder, options.tokenizer)
         return Canonical(
             config,
             tensors,

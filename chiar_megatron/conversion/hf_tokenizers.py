@@ -24,8 +24,10 @@ _SAMPLES = (
 )
 
 
-def find_tokenizer(folder: Path) -> tuple[Path | None, list[str]]:
-    """The folder, if it holds a tokenizer that we read; a note if it holds another."""
+def find_tokenizer(folder: Path, given: str | None) -> tuple[Path | None, list[str]]:
+    """The folder, if it holds a tokenizer that we read; a note if it holds another. given: used instead."""
+    if given is not None:
+        return Path(given), []
     try:
         load_tokenizer(folder)
     except DataError as error:

@@ -62,7 +62,7 @@ class HuggingFace(Format):
             raise ConfigError(f"--schedule {options.schedule}: {path} is a CHIAR-Former already")
         config = native_config(foreign, path)
         progress: dict[str, Any] = getattr(foreign, "pretraining", None) or {}
-        tokenizer, notes = find_tokenizer(path)
+        tokenizer, notes = find_tokenizer(path, options.tokenizer)
         return Canonical(
             config,
             native_tensors(config.model, stored_tensors(path), path),
@@ -81,6 +81,11 @@ class HuggingFace(Format):
         if len(model.dtypes) > 1:
             raise CheckpointError(
                 f"weights are of several kinds ({', '.join(model.dtypes)}); give one by --dtype"
+            )
+        if model.config.model.mask_documents and model.config.data.eod_token is None:
+            raise CheckpointError(
+                "model.mask_documents: data.eod_token, the token that ends documents, is not known; give the "
+                "tokenizer by --tokenizer"
             )
         return ["optimizer state and the recipe's data and training sections are not carried"]
 
@@ -134,12 +139,12 @@ def chiar_answer(
     x = F.embedding(ids_BS, stored["model.embed_tokens.weight"].load().float())
     x = with_rounding_noise(x) if noisy else x
     context = token_context(config, x, ids_BS, None, None, None, routing)
-    prefix = recall(config, x, context)
+    sums_BSH, counts_BS1 = recall(config, x, context)
     border: dict[int, float] = {}
     for index in range(config.num_hidden_layers):
         layer = ChiarDecoderLayer(config, index).eval()
         _fill(layer, stored, f"model.layers.{index}.")
-        x = layer(x, context, prefix)
+        x = layer(x, context, sums_BSH, counts_BS1)
         if layer.kind == "R" and config.router["kind"] not in ("soft", "hard"):
             border[index + 1] = float(layer.router.threshold)
     norm = make_norm(config)

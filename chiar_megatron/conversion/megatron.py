@@ -7,6 +7,7 @@ tensors beside Megatron-LM's, and our config among the arguments; our spec (`mod
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from chiar_megatron.checkpoint.torch_dist import (
     METADATA,
     Chunk,
     TorchDistWriter,
+    check_files,
     lazy_slice,
     read_metadata,
     stored_tensors,
@@ -34,7 +36,7 @@ from chiar_megatron.conversion.canonical import (
 )
 from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.conversion.journal import Journal
-from chiar_megatron.conversion.megatron_args import CHIAR_KEY, args_of, config_of, is_plain_gpt
+from chiar_megatron.conversion.megatron_args import CHIAR_KEY, FP8_NOTE, args_of, config_of, is_plain_gpt
 from chiar_megatron.conversion.megatron_forward import megatron_answer
 from chiar_megatron.conversion.megatron_shards import (
     FILE,
@@ -44,6 +46,7 @@ from chiar_megatron.conversion.megatron_shards import (
     read_megatron_file,
     read_shards,
     stage_names,
+    transformer_engine_states,
     unfused,
 )
 from chiar_megatron.conversion.native import write_files
@@ -56,6 +59,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common.pt"
 _VOCAB_UNIT = 128  # Megatron-LM's --make-vocab-size-divisible-by
 _VERSION = 3.0
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 
 
 class Megatron(Format):
@@ -82,13 +86,12 @@ class Megatron(Format):
         """The form, and how many shards."""
         folder = iteration_folder(path)
         if (folder / METADATA).is_file():
-            keys = stored_tensors(folder)
-            return {"form": "torch_dist", "has_optimizer": any(key.startswith("optimizer") for key in keys)}
+            args = read_megatron_file(folder / COMMON).get("args")
+            layout = {name: size for name in _LAYOUT if (size := getattr(args, name, None)) is not None}
+            has_optimizer = any(key.startswith(("optimizer.", "chained_")) for key in stored_tensors(folder))
+            return {"form": "torch_dist", "layout": layout, "has_optimizer": has_optimizer}
         shards = read_shards(folder)
-        layout = {
-            "tensor_model_parallel_size": shards.tensor_parallel,
-            "pipeline_model_parallel_size": shards.pipeline_parallel,
-        }
+        layout = dict(zip(_LAYOUT, (shards.tensor_parallel, shards.pipeline_parallel), strict=True))
         return {"form": "torch (mp_rank)", "layout": layout, "has_optimizer": shards.has_optimizer}
 
     def losses(self, model: Canonical, options: ConvertOptions) -> list[str]:
@@ -161,6 +164,7 @@ def _read_torch_dist(folder: Path) -> Canonical:
     if args is None:
         raise CheckpointError(f"{folder / COMMON} has no 'args', Megatron-LM's arguments")
     metadata = read_metadata(folder)
+    check_files(folder, metadata)
     stored = {name: t for name, t in stored_tensors(folder, metadata).items() if not _is_optimizers(name)}
     if EMBEDDING not in stored:
         raise CheckpointError(f"{folder} has no {EMBEDDING}: it is no GPT of Megatron-LM's")
@@ -179,7 +183,7 @@ def _read_torch_dist(folder: Path) -> Canonical:
             )
             whole = LazyTensor(part.shape[1:], part.dtype, partial(_first, part))
             tensors[f"decoder.layers.{layer}.{unfused(rest)}"] = whole
-    return _canonical(config, tensors, notes, int(common.get("iteration", 0)), folder)
+    return _canonical(config, tensors, notes, int(common.get("iteration", 0)), args, folder)
 
 
 def _is_optimizers(key: str) -> bool:
@@ -197,6 +201,8 @@ def _read_shards(folder: Path) -> Canonical:
     rows = sum(part.shape[0] for part in shards.parts[EMBEDDING])
     tied = not getattr(shards.args, "untie_embeddings_and_output_weights", False)
     config, notes = config_of(shards.args, folder, rows, tied)
+    if shards.has_extra_states and FP8_NOTE not in notes:
+        notes.append(FP8_NOTE)
     specs = tensor_specs(config.model)
     whole = {
         name: joined(parts, specs[name])
@@ -204,7 +210,7 @@ def _read_shards(folder: Path) -> Canonical:
         else LazyTensor(tuple(parts[0].shape), parts[0].dtype, _none)
         for name, parts in shards.parts.items()
     }
-    return _canonical(config, whole, notes, shards.iteration, folder)
+    return _canonical(config, whole, notes, shards.iteration, shards.args, folder)
 
 
 def _none() -> Tensor:
@@ -212,13 +218,15 @@ def _none() -> Tensor:
 
 
 def _canonical(
-    config: Any, tensors: Mapping[str, LazyTensor], notes: list[str], step: int, folder: Path
+    config: Any, tensors: Mapping[str, LazyTensor], notes: list[str], step: int, args: Namespace, folder: Path
 ) -> Canonical:
     vocab_size = config.model.vocab_size
     own = {name: without_padding(name, tensor, vocab_size) for name, tensor in tensors.items()}
     order = [name for name in tensor_specs(config.model) if name in own]
     ordered = {name: own[name] for name in (*order, *(own.keys() - set(order)))}
-    model = Canonical(config, ordered, step=step, notes=tuple(notes))
+    samples = getattr(args, "consumed_train_samples", 0)
+    tokens = samples * config.model.seq_length if isinstance(samples, int) else 0
+    model = Canonical(config, ordered, step=step, tokens_seen=tokens, notes=tuple(notes))
     check_tensors(model, folder)
     return model
 
@@ -251,12 +259,15 @@ def _write_torch_dist(model: Canonical, folder: str, journal: Journal, options: 
 
 
 def _object_keys(model: Canonical, layers: int, stacks: bool) -> list[str]:
-    """The empty objects of linear layers, as megatron-core names them."""
-    names = extra_states(model.config.model)
+    """The empty objects of modules, as megatron-core names them, with what TransformerEngine's expect."""
     if not stacks:
-        return [f"{name}/shard_0_1" for name in names]
-    parts = [name.removeprefix("decoder.layers.").partition(".") for name in names]
-    return [f"decoder.layers.{own}/shard_{number}_{layers}" for number, _, own in parts]
+        return [f"{name}/shard_0_1" for name in extra_states(model.config.model)]
+    keys = []
+    for name in transformer_engine_states(model.tensors):
+        number, _, own = name.removeprefix("decoder.layers.").partition(".")
+        stacked = f"decoder.layers.{own}/shard_{number}_{layers}"
+        keys.append(stacked if number.isdigit() else f"{name}/shard_0_1")
+    return keys
 
 
 def _write_shards(model: Canonical, folder: str, journal: Journal, options: ConvertOptions) -> None:
@@ -276,7 +287,8 @@ def _write_shards(model: Canonical, folder: str, journal: Journal, options: Conv
             state[fused(own) if fuses else own] = cut(stored, specs[native], rank, size)
         if config.tie_embeddings and stages > 1 and stage == stages - 1:
             state[HEAD] = cut(with_padding(model.tensors[EMBEDDING], rows), specs[EMBEDDING], rank, size)
-        content = {"args": args, "checkpoint_version": _VERSION, "iteration": model.step, "model": state}
+        whole = {**state, **dict.fromkeys(transformer_engine_states(state) if fuses else ())}
+        content = {"args": args, "checkpoint_version": _VERSION, "iteration": model.step, "model": whole}
         write_torch_file(path, content, journal.advance)
 
     for stage in range(stages):

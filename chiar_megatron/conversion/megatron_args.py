@@ -22,6 +22,7 @@ from chiar_megatron.model.tensors import refuse
 CHIAR_KEY = "chiar_config"  # our own part of the arguments
 _ROPE_SCALING_LENGTH = 8192  # Megatron-LM's --use-rope-scaling knows Llama 3.1's alone
 _LOW, _HIGH = 1.0, 4.0
+FP8_NOTE = "TransformerEngine's extra states (scaling factors of fp8) are left out, unread"
 # What must be as here for a model of ours; Megatron-LM's own default where an argument is absent.
 _WANTED: dict[str, tuple[Any, Any]] = {
     "position_embedding_type": ("rope", "learned_absolute"),
@@ -30,6 +31,12 @@ _WANTED: dict[str, tuple[Any, Any]] = {
     "num_experts": (None, None),
     "multi_latent_attention": (False, False),
     "qk_layernorm": (False, False),
+    "qk_l2_norm": (False, False),
+    "softmax_scale": (None, None),
+    "attention_output_gate": (False, False),
+    "experimental_attention_variant": (None, None),
+    "glu_linear_offset": (0.0, 0.0),
+    "activation_func_clamp_value": (None, None),
     "apply_residual_connection_post_layernorm": (False, False),
     "squared_relu": (False, False),
     "openai_gelu": (False, False),
@@ -62,6 +69,8 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
     ]
     refuse(problems, path, "it is another kind of model")
     notes = []
+    if getattr(args, "fp8", None):
+        notes.append(FP8_NOTE)
     real = getattr(args, "vocab_size", None)
     if real is None:
         notes.append(f"vocabulary {vocab_size} taken with its padding: the arguments do not tell its size")
@@ -73,6 +82,12 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
         notes.append(
             "--bias-gelu-fusion computes GELU's tanh approximation; here, and in the answers compared, "
             "it is exact"
+        )
+    dropouts = [float(getattr(args, f"{part}_dropout", None) or 0.0) for part in ("hidden", "attention")]
+    if dropouts[0] != dropouts[1]:
+        notes.append(
+            f"--hidden-dropout is {dropouts[0]}, --attention-dropout {dropouts[1]}; model.dropout is one for "
+            f"both, {min(dropouts)} taken"
         )
     qkv_biased = biased or bool(getattr(args, "add_qkv_bias", False))
     is_grouped = getattr(args, "group_query_attention", False)
@@ -95,6 +110,7 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
         tie_embeddings=tied,
         rotary_base=float(getattr(args, "rotary_base", 10000)),
         rotary_scaling=_scaling_of(args),
+        dropout=min(dropouts),
         meta_router=MetaRouterConfig(enabled=False),
     )
     eod = getattr(args, "eod_token", None)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from megatron.core.safe_globals import SAFE_GLOBALS
+from megatron.core.safe_globals import SAFE_GLOBALS, _reconstruct
 from torch import Tensor
 
 from chiar_megatron.conversion.canonical import Canonical
@@ -29,12 +29,16 @@ _FUSED = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
 )
+# Modules of TransformerEngine's, from 2.0 on, that have an extra state.
+_WITH_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "decoder.final_layernorm")
+# numpy's arrays (states of random numbers): numpy 1 and 2 name their maker otherwise, each in its files.
+_ARRAYS = [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
 
 
 def read_megatron_file(path: Path) -> dict[str, Any]:
     """A pickle of tensors, plain values, Megatron-LM's Namespace and megatron-core's enums; anything else is
     refused by name."""
-    return read_torch_file(path, [Namespace, *SAFE_GLOBALS])
+    return read_torch_file(path, [Namespace, *SAFE_GLOBALS, *_ARRAYS])
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Shards:
     tensor_parallel: int
     pipeline_parallel: int
     has_optimizer: bool
+    has_extra_states: bool
+    """Whether TransformerEngine's modules left more than nothing."""
     parts: Mapping[str, tuple[LazyTensor, ...]]
     """Each tensor's shards by tensor-parallel rank."""
 
@@ -79,7 +85,8 @@ def read_shards(folder: Path) -> Shards:
             "copy every rank's folder"
         )
     parts = {}
-    for pipeline_rank, (names, states) in enumerate(_stages(contents, tensor, pipeline, args, folder)):
+    stages = _stages(contents, tensor, pipeline, args, folder)
+    for pipeline_rank, (names, states) in enumerate(stages):
         for own, native in names.items():
             if native == HEAD and not getattr(args, "untie_embeddings_and_output_weights", False):
                 continue  # the last stage's copy of the shared table
@@ -90,7 +97,15 @@ def read_shards(folder: Path) -> Shards:
             if len(shapes) > 1:
                 raise CheckpointError(f"{folder}: {own} has other shapes in other ranks: {sorted(shapes)}")
             parts[native] = cast("tuple[LazyTensor, ...]", shards)
-    return Shards(args, int(first.get("iteration", 0)), tensor, pipeline, "optimizer" in first, parts)
+    states = [state for _, ranks in stages for state in ranks]
+    has_extra = any(_holds_something(v) for state in states for k, v in state.items() if "_extra_state" in k)
+    iteration = int(first.get("iteration", 0))
+    return Shards(args, iteration, tensor, pipeline, "optimizer" in first, has_extra, parts)
+
+
+def _holds_something(extra_state: Any) -> bool:
+    is_tensor = isinstance(extra_state, StoredTensor)
+    return 0 not in extra_state.shape if is_tensor else extra_state is not None
 
 
 def _stages(
@@ -149,6 +164,19 @@ def fused(name: str) -> str:
         if own in name:
             return name.replace(own, with_linear)
     return name
+
+
+def transformer_engine_states(names: Iterable[str]) -> list[str]:
+    """Names of the extra states that TransformerEngine's modules expect beside these tensors: without them
+    Megatron-LM refuses to load. Without fp8 they hold nothing."""
+    found = []
+    for name in names:
+        module = name.removesuffix(".weight")
+        if module != name and module.endswith(_WITH_STATE):
+            found.append(f"{module}._extra_state")
+            if module.endswith("linear_qkv"):
+                found.append(f"{module.removesuffix('linear_qkv')}core_attention._extra_state")
+    return found
 
 
 def joined(parts: Sequence[LazyTensor], spec: TensorSpec) -> LazyTensor:

@@ -65,13 +65,13 @@ class Native(Format):
 
     def read(self, path: Path, options: ConvertOptions) -> Canonical:
         """Of a run folder the newest checkpoint, whatever layout wrote it; every file's digest is checked."""
-        return self._read(path, sizes_only=False)
+        return self._read(path, options, sizes_only=False)
 
     def inspect(self, path: Path, options: ConvertOptions) -> dict[str, Any]:
         """By the files' sizes, without reading them."""
-        return {**describe(self._read(path, sizes_only=True)), **self.describe(path)}
+        return {**describe(self._read(path, options, sizes_only=True)), **self.describe(path)}
 
-    def _read(self, path: Path, sizes_only: bool) -> Canonical:
+    def _read(self, path: Path, options: ConvertOptions, sizes_only: bool) -> Canonical:
         folder = resolve_checkpoint(path)
         manifest = read_manifest(folder)
         damage = find_damage(folder, sorted(manifest), manifest, sizes_only)
@@ -87,7 +87,7 @@ class Native(Format):
         # The optimizer's state lies in the same files.
         own = {name: stored[name] for name in names if name in stored}
         tensors = {n: without_padding(n, t, config.model.vocab_size) for n, t in own.items()}
-        tokenizer = config.data.tokenizer
+        tokenizer = config.data.tokenizer if options.tokenizer is None else options.tokenizer
         notes = ["the optimizer's state is left out: weights only"] if info.has_optimizer else []
         if tokenizer is not None and not Path(tokenizer).exists():
             notes.append(f"its tokenizer {tokenizer} is not there and is left out (--tokenizer)")
@@ -149,7 +149,7 @@ class Native(Format):
         noisy: bool = False,
     ) -> Answer:
         """By our own layers; `read` has checked the digests before."""
-        return native_answer(self._read(path, sizes_only=True), ids_BS, forced_BS, noisy)
+        return native_answer(self._read(path, options, sizes_only=True), ids_BS, forced_BS, noisy)
 
 
 def write_files(writer: TorchDistWriter, folder: str, journal: Journal) -> None:

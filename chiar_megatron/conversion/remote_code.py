@@ -17,6 +17,7 @@ from pathlib import Path
 PACKAGE = "chiar_megatron"
 AUTO_MAP = {
     "AutoConfig": "configuration_chiar.ChiarConfig",
+    "AutoModel": "modeling_chiar.ChiarModel",
     "AutoModelForCausalLM": "modeling_chiar.ChiarForCausalLM",
 }
 _FILES = {

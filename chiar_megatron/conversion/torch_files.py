@@ -13,6 +13,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def read_torch_value(path: Path, accepted: Sequence[Any] = ()) -> Any:
                     raise CheckpointError(f"{path} was compressed, which torch.save never does")
         with _only_globals(accepted):
             content = torch.load(path, map_location="meta" if is_zip else "cpu", weights_only=True)
-        return _with_places(content, path if is_zip else None)
+        return _with_places(content, path, _begins(path) if is_zip else None)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -87,8 +88,10 @@ def read_torch_value(path: Path, accepted: Sequence[Any] = ()) -> Any:
             "read; save it again without that object"
         ) from None
     except Exception as error:  # torch.load raises nearly anything for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no PyTorch checkpoint, or is torn: {reason}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
+        raise CheckpointError(
+            f"{path} is no PyTorch checkpoint, or is torn: copy it again ({reason})"
+        ) from None
 
 
 @contextmanager
@@ -105,30 +108,44 @@ def _only_globals(classes: Sequence[Any]) -> Iterator[None]:
         add_safe_globals(before)
 
 
-def _with_places(value: Any, path: Path | None) -> Any:
-    """The same structure with StoredTensors. path: of the file that meta tensors stand for; None: they are
-    real."""
+def _begins(path: Path) -> set[int]:
+    """Where in a file the tensors' numbers begin, by its directory."""
+    records = torch._C.PyTorchFileReader(str(path))
+    names = records.get_all_records()
+    if "byteorder" in names and records.get_record("byteorder") != b"little":
+        raise CheckpointError(f"{path} was written on a big-endian machine; save it again on another")
+    offset = records.get_record_offset  # type: ignore[attr-defined]
+    return {offset(name) for name in names if name.startswith("data/")}
+
+
+def _with_places(value: Any, path: Path, begins: AbstractSet[int] | None) -> Any:
+    """The same structure with StoredTensors. begins: where those that meta tensors stand for may lie in the
+    file; None: the tensors are real."""
     if isinstance(value, Tensor):
-        return _stored(value, path)
+        return _stored(value, path, begins)
     if isinstance(value, dict):
-        return {key: _with_places(item, path) for key, item in value.items()}
+        return {key: _with_places(item, path, begins) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_with_places(item, path) for item in value)
+        return type(value)(_with_places(item, path, begins) for item in value)
     return value
 
 
-def _stored(tensor: Tensor, path: Path | None) -> StoredTensor | None:
+def _stored(tensor: Tensor, path: Path, begins: AbstractSet[int] | None) -> StoredTensor | None:
     """None for a tensor of another layout (sparse, quantised): it is of no use here."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         return None
     shape, dtype = tuple(tensor.shape), tensor.dtype
-    if path is None:
+    if begins is None:
         whole = tensor.detach()
         part = lambda start, count: whole.reshape(-1)[start : start + count].clone()  # noqa: E731
         place: object = (whole.data_ptr(), shape, tensor.stride())
         return StoredTensor(shape, dtype, lambda: whole, part, place)
     begin = tensor.untyped_storage()._checkpoint_offset
     assert begin is not None, "torch.load on the meta device tells where a tensor lies"
+    if begin not in begins and tensor.numel() > 0:  # torch reckons the place, not looking into the directory
+        raise CheckpointError(
+            f"{path} was packed by another program than torch.save; load it and save it by torch.save again"
+        )
     stride, first = tensor.stride(), int(tensor.storage_offset())
 
     def values(start: int, count: int) -> Tensor:

@@ -68,7 +68,7 @@ def read_dense(folder: Path, options: ConvertOptions) -> Canonical:
         else _new(name, spec.shape, torch.float32 if spec.is_buffer else dtype)
         for name, spec in tensor_specs(config.model).items()
     }
-    tokenizer, missing = find_tokenizer(folder)
+    tokenizer, missing = find_tokenizer(folder, options.tokenizer)
     return Canonical(
         config,
         tensors,

@@ -7,7 +7,7 @@ model = AutoModelForCausalLM.from_pretrained("folder of chiar convert --to huggi
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chiar_megatron.huggingface.configuration import ChiarConfig
 from chiar_megatron.huggingface.modeling import ChiarForCausalLM, ChiarModel
@@ -16,4 +16,5 @@ from chiar_megatron.huggingface.routers import Routing
 __all__ = ["ChiarConfig", "ChiarForCausalLM", "ChiarModel", "Routing"]
 
 AutoConfig.register("chiar", ChiarConfig, exist_ok=True)
+AutoModel.register(ChiarConfig, ChiarModel, exist_ok=True)
 AutoModelForCausalLM.register(ChiarConfig, ChiarForCausalLM, exist_ok=True)

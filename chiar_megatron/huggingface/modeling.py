@@ -57,16 +57,21 @@ class ChiarDecoderLayer(nn.Module):
             self.meta_router = ChiarMetaRouter(config)
 
     def forward(
-        self, x: Tensor, context: TokenContext, prefix: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        context: TokenContext,
+        sums_BSH: Tensor | None = None,
+        counts_BS1: Tensor | None = None,
     ) -> Tensor:
-        """`[b, s, h]` to the same; prefix: for the MetaRouter's `causal` pooling."""
+        """`[b, s, h]` to the same. sums_BSH, counts_BS1: for the MetaRouter's `causal` pooling; arguments of
+        their own, so that checkpointing sees that gradients pass through them."""
         u = self._operate(x, context)
         norm = self.post_attention_layernorm
         out = norm(u + self.mlp(u)) if self.is_post else u + self.mlp(norm(u))
         if self.meta_router is None:
             return out  # type: ignore[no-any-return]
         present = None if context.present_BT is None else context.present_BT[:, -x.shape[1] :]
-        gate = self.meta_router(x, prefix, present)
+        gate = self.meta_router(x, sums_BSH, counts_BS1, present)
         if context.routing is not None:
             context.routing.meta_gate = gate.detach()
         gate = gate.to(out.dtype)
@@ -119,6 +124,11 @@ class ChiarPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules = ["router", "meta_router", "omega"]
     _keep_in_fp32_modules_strict = ["router", "meta_router", "omega"]
 
+    def _as_asked(self, output: Any, return_dict: bool | None) -> Any:
+        """A model's output, or the tuple that the call or the config asks for."""
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Matrices N(0, initializer_range), biases 0, norms and filters 1 (paper, appendix)."""
@@ -156,6 +166,11 @@ def token_context(
         present = attention_mask.bool()
         if bool(present.all()):
             present = None
+    if position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=1) != 1).any()):
+        raise ValueError(
+            "position_ids that jump or begin anew (sequences packed into one row) are not supported: tokens "
+            "would see the sequence before; give each a row of its own, with attention_mask"
+        )
     if position_ids is None:
         if present is None:
             position_ids = torch.arange(past, total, device=x.device)[None]
@@ -167,22 +182,25 @@ def token_context(
     return TokenContext(position_ids, angle.cos(), angle.sin(), ids_BS, present, cache, routing, past)
 
 
-def recall(config: ChiarConfig, x: Tensor, context: TokenContext) -> tuple[Tensor, Tensor] | None:
+def recall(config: ChiarConfig, x: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor | None]:
     """Documents into the context; the prefix mean's sums and counts. Under a cache they lie in a slot of
     their own, or in layer 1's where it has no attention."""
     pools = config.meta_router["enabled"] and config.meta_router["pooling"] == "causal"
     end = None
-    if config.mask_documents and config.document_end is not None and context.ids_BS is not None:
+    if config.mask_documents:
+        if config.document_end is None or context.ids_BS is None:
+            raise ValueError(
+                "mask_documents: documents end with eos_token_id, so the config must name it, and input_ids "
+                "must be given, not inputs_embeds"
+            )
         end = context.ids_BS == config.document_end
     first_is_free = parse_schedule(config.schedule)[0] == "D"  # its slot tells how many tokens were seen
     if not pools and end is None and not first_is_free:
-        return None
+        return None, None
     present = None if context.present_BT is None else context.present_BT[:, context.past :]
     slot = 0 if first_is_free else config.num_hidden_layers
     memory = remember(x, end, present, pools, context.cache, slot)
     context.document_BT = memory.documents_BT
-    if memory.sums_BSH is None or memory.counts_BS1 is None:
-        return None
     return memory.sums_BSH, memory.counts_BS1
 
 
@@ -214,42 +232,53 @@ class ChiarModel(ChiarPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         routing: Routing | None = None,
+        return_dict: bool | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast:
         """attention_mask: `[b, past + s]`, 0 for padding. cache: a DynamicCache, also as past_key_values.
         others: output_hidden_states; what else transformers passes is not used."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if others.get("output_attentions"):
+            raise ValueError("output_attentions: this model's attention keeps no weights to show")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(others.get("past_key_values") if cache is None else cache, use_cache)
         context = token_context(self.config, x, input_ids, attention_mask, position_ids, cache, routing)
-        prefix = recall(self.config, x, context)
+        sums_BSH, counts_BS1 = recall(self.config, x, context)
         x = F.dropout(x, self.config.dropout, self.training)
         states = [x]
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, context, prefix)
+                x = self._gradient_checkpointing_func(layer.__call__, x, context, sums_BSH, counts_BS1)
             else:
-                x = layer(x, context, prefix)
+                x = layer(x, context, sums_BSH, counts_BS1)
             states.append(x)
         x = self.norm(x)
         states[-1] = x
         shown = others.get("output_hidden_states") or self.config.output_hidden_states
         hidden = tuple(states) if shown else None
-        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **{CACHE_FIELD: cache})  # type: ignore[arg-type]
+        output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden, **{CACHE_FIELD: cache})  # type: ignore[arg-type]
+        return self._as_asked(output, return_dict)  # type: ignore[no-any-return]
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         if cache is None and (not use_cache or self.training):
             return None
+        if cache is not None and (not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False)):
+            raise ValueError(
+                f"a {type(cache).__name__} of fixed size, quantised or offloaded is not supported; pass a "
+                "DynamicCache(), or no cache_implementation"
+            )
+        if self.gradient_checkpointing and self.training:
+            raise ValueError("gradient checkpointing would fill the cache twice; train without one")
         if config.meta_router["enabled"] and config.meta_router["pooling"] == "batch":
             raise ValueError(
                 "meta_router.pooling batch averages over the whole window, later tokens included, so nothing "
-                "can be cached; pass use_cache=False"
+                "can be cached; pass use_cache=False, and input_ids"
             )
         if config.blends_rbf:
-            raise ValueError("RBF mixing keeps no cache in this model; pass use_cache=False")
+            raise ValueError("RBF mixing keeps no cache in this model; pass use_cache=False, and input_ids")
         return DynamicCache() if cache is None else cache
 
 
@@ -284,11 +313,11 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **inputs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         """labels: `[b, s]` as input_ids, -100 where no loss is wanted; shifted here. Other inputs are those
         of `ChiarModel`."""
         loss_inputs = {"num_items_in_batch": inputs.pop("num_items_in_batch", None)}
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept, :])
@@ -303,4 +332,4 @@ class ChiarForCausalLM(ChiarPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
         )
-        return answer.to_tuple() if return_dict is False else answer
+        return self._as_asked(answer, return_dict)  # type: ignore[no-any-return]

@@ -135,17 +135,19 @@ class ChiarMetaRouter(nn.Module):
         self.register_buffer("running_mean_H", torch.zeros(config.hidden_size, dtype=torch.float32))
         self.register_buffer("running_weight", torch.zeros((), dtype=torch.float32))
 
-    def forward(self, x: Tensor, prefix: tuple[Tensor, Tensor] | None, present_BS: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, sums_BSH: Tensor | None, counts_BS1: Tensor | None, present_BS: Tensor | None
+    ) -> Tensor:
         """g, float32 `[1, 1, 1]`, or `[b, s, 1]` for `causal`.
 
-        prefix: sums `[b, s, h]` of the embeddings up to each token and their numbers `[b, s, 1]`, for
-        `causal`. present_BS: bool, False for padding, which `batch` leaves out.
+        sums_BSH, counts_BS1: of the embeddings up to each token, for `causal`. present_BS: bool, False for
+        padding, which `batch` leaves out.
         """
         if self.pooling == "running":
             pooled = (self.running_mean_H.float() / self.running_weight.float().clamp_min(1e-12))[None, None]
         elif self.pooling == "causal":
-            assert prefix is not None
-            pooled = prefix[0] / prefix[1]
+            assert sums_BSH is not None and counts_BS1 is not None
+            pooled = sums_BSH / counts_BS1
         elif present_BS is None:
             pooled = x.float().mean(dim=(0, 1))[None, None]
         else:

@@ -130,13 +130,13 @@ def _model(config: Any, parallel: ParallelConfig, world: Any, rows: int, chunk: 
 
 
 def plain_gpt(
-    model: Any, parallel: ParallelConfig, rows: int, world: World, chunk: int | None = None
+    model: Any, parallel: ParallelConfig, rows: int, world: World, chunk: int | None = None, spec: Any = None
 ) -> GPTModel:
-    """This rank's stage of Megatron-LM's own GPT, or one chunk of it."""
+    """This rank's stage of Megatron-LM's own GPT, or one chunk of it. spec: of its layers; None: local."""
     seed_random_streams(1, 0, world)
     return GPTModel(
         transformer_config(model, parallel),
-        get_gpt_layer_local_spec(normalization=model.normalization),
+        spec or get_gpt_layer_local_spec(normalization=model.normalization),
         vocab_size=rows,
         max_sequence_length=model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -86,6 +87,7 @@ class TensorBoardWriter:
             ) from error
         self._routed_layers = tuple(routed_layers)
         self._claim = claim
+        threading.excepthook = _leave_out_told_errors
         folder, own = claim.run_dir / "tensorboard", claim.folder / "tensorboard"
         try:
             folder.mkdir(exist_ok=True)
@@ -129,6 +131,12 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _leave_out_told_errors(failed: threading.ExceptHookArgs) -> None:
+    """What TensorBoard's writing thread cannot write is told in one line when the next figure comes."""
+    if not (type(failed.thread).__name__ == "_AsyncWriterThread" and isinstance(failed.exc_value, OSError)):
+        threading.__excepthook__(failed)
 
 
 def _bin_edges() -> list[float]:

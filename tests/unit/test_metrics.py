@@ -252,6 +252,7 @@ print("trained on")
     assert done.stderr.count("training goes on without") == 2
     assert "TensorBoard cannot be written" in done.stderr
     assert "metrics.jsonl cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:

@@ -162,18 +162,17 @@ def test_what_is_skipped_is_not_trained_on(
     assert losses(tmp_path / "b")[2] == losses(tmp_path / "a")[2]
 
 
-def test_what_rank_0_finds_wrong_with_the_data_ends_all_ranks(server: RunServer, tmp_path: Path) -> None:
-    """It alone builds the index; two runs may share its cache, so word of it does not go through files."""
-    prefix = write_data(tmp_path)
-    with open(f"{prefix}.bin", "r+b") as file:
-        file.truncate(100)
-    shared: Sections = {"data": {"cache_dir": str(tmp_path / "cache"), "train": [prefix], "eod_token": 0}}
-    path = write_recipe(tmp_path / "r.yaml", recipe(prefix, tmp_path / "run", shared))
+def test_what_rank_0_finds_wrong_with_the_data_ends_all_ranks(
+    server: RunServer, data: str, tmp_path: Path
+) -> None:
+    """It alone writes the index; two runs may share its cache, so word of it does not go through files."""
+    (tmp_path / "file").touch()
+    shared: Sections = {"data": {"cache_dir": f"{tmp_path}/file/cache", "train": [data], "eod_token": 0}}
+    path = write_recipe(tmp_path / "r.yaml", recipe(data, tmp_path / "run", shared))
     run = server.start(["pretrain", path], ranks=2)
     assert run.wait() == [2, 2], run.output() + run.output(1)
     (line,) = [line for line in run.output().splitlines() if line.startswith("chiar: ")]
-    assert f"{prefix}.bin" in line and line in run.output(1)
-    assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").glob("*.txt"))
+    assert "data.cache_dir" in line and "cannot be written" in line and line in run.output(1)
 
 
 def test_undefined_numbers_stop_the_run_and_keep_older_checkpoints(

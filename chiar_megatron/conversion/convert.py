@@ -188,26 +188,26 @@ def _formats(source_format: str, target_format: str) -> tuple[Format, Format]:
 def _refuse_unused(source_format: str, target_format: str, options: ConvertOptions) -> None:
     """Raise ConfigError for an option that means nothing to these formats: another was meant."""
     reference, megatron = options.reference, options.megatron
-    is_older = target_format == "megatron" and megatron.checkpoint_format == "torch"
-    cuts = (megatron.tensor_parallel, megatron.pipeline_parallel)
-    for option, is_given, is_used, where in (
-        ("--num-heads", reference.num_heads is not None, source_format == "reference", "--from reference"),
-        ("--tau-low", reference.tau_low is not None, source_format == "reference", "--from reference"),
-        ("--tau-high", reference.tau_high is not None, source_format == "reference", "--from reference"),
-        (
-            "--routing-mode",
-            reference.routing_mode is not None,
-            source_format == "reference",
-            "--from reference",
-        ),
-        ("--config", options.config is not None, source_format == "deepspeed", "--from deepspeed"),
-        ("--schedule", options.schedule is not None, source_format == "huggingface", "--from huggingface"),
-        ("--checkpoint-format torch", megatron.checkpoint_format == "torch", is_older, "--to megatron"),
-        ("--tensor-parallel", cuts[0] > 1, is_older, "--to megatron --checkpoint-format torch"),
-        ("--pipeline-parallel", cuts[1] > 1, is_older, "--to megatron --checkpoint-format torch"),
+    older = megatron.checkpoint_format == "torch" or None
+    is_older = older is not None and target_format == "megatron"
+    of_reference = {
+        "--num-heads": reference.num_heads,
+        "--tau-low": reference.tau_low,
+        "--tau-high": reference.tau_high,
+        "--routing-mode": reference.routing_mode,
+    }
+    cuts = {"--tensor-parallel": megatron.tensor_parallel, "--pipeline-parallel": megatron.pipeline_parallel}
+    given_cuts = {option: size for option, size in cuts.items() if size > 1}
+    for where, is_so, given in (
+        ("--from reference", source_format == "reference", of_reference),
+        ("--from deepspeed", source_format == "deepspeed", {"--config": options.config}),
+        ("--from huggingface", source_format == "huggingface", {"--schedule": options.schedule}),
+        ("--to megatron", is_older, {"--checkpoint-format torch": older}),
+        ("--to megatron --checkpoint-format torch", is_older, given_cuts),
     ):
-        if is_given and not is_used:
-            raise ConfigError(f"{option} is for {where} alone; leave it out")
+        wrong = next((option for option, value in given.items() if value is not None), None)
+        if wrong is not None and not is_so:
+            raise ConfigError(f"{wrong} is for {where} alone; leave it out")
 
 
 def _return_freed_memory() -> None:

@@ -7,6 +7,8 @@ sorted, so a block of queries needs keys only from its smallest `first` to its l
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def routed_attention(
     # Blocks only bound the mask's memory: where each begins to see keys the host would have to wait for.
     blocks = [slice(at, at + MASKED_BLOCK) for at in range(0, len(q_RND), MASKED_BLOCK)]
     parts = [_attend(q_RND[r], k_KGD, v_KGD, first_R[r], last_R[r], 0, dropout_p) for r in blocks]
-    return torch.cat(parts) if parts else torch.zeros_like(q_RND)
+    return torch.cat(parts) if parts else _nothing(q_RND, k_KGD, v_KGD)
 
 
 def rotated_attention(
@@ -75,17 +77,35 @@ def _by_blocks(
     q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor, dropout_p: float
 ) -> Tensor:
     outputs = []
+    used_R = last_R >= first_R
+    if not bool(used_R.any()):
+        return _nothing(q_RND, k_KGD, v_KGD)
     for start in range(0, len(q_RND), QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        first_Q, last_Q = first_R[block], last_R[block]
-        used_Q = last_Q >= first_Q
+        first_Q, last_Q, used_Q = first_R[block], last_R[block], used_R[block]
         if not bool(used_Q.any()):
             outputs.append(torch.zeros_like(q_RND[block]))
             continue
         low, high = int(first_Q[used_Q].min()), int(last_Q[used_Q].max()) + 1
         keys, values = k_KGD[low:high], v_KGD[low:high]
         outputs.append(_attend(q_RND[block], keys, values, first_Q, last_Q, low, dropout_p))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q_RND)
+    return torch.cat(outputs)
+
+
+def _nothing(*tensors: Tensor) -> Tensor:
+    """Zeros like the first, of which all get gradients, of 0: replicas wait for everyone's gradients."""
+    return _Nothing.apply(*tensors)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.zeros_like(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
 def _attend(

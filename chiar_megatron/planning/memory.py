@@ -86,7 +86,8 @@ def _stage(config: RunConfig, layout: Layout, stage: int, replicas: int, compile
             tied = width * model.hidden_size * activations.element
     if first:
         kept += activations.embedding() * tokens
-    if would_replay(config) and training.micro_batch_size * replicas == training.global_batch_size:
+    one_pass = training.micro_batch_size * replicas == training.global_batch_size
+    if would_replay(config) and one_pass and not parallel.overlap_grad_reduce:
         # Every parameter's gradient waits for the end of the backward pass, when activations are gone.
         loss = max(loss, count * activations.element - kept)
     return StageMemory(

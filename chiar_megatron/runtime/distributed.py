@@ -25,6 +25,7 @@ from chiar_megatron.runtime.rendezvous import rendezvous
 # NCCL's flight recorder, by its name in torch 2.13 and in those before it; the watchdog writes it down.
 FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 RECORDED_COLLECTIVES = 2000
+MODEL_PARALLEL_STREAM = "model-parallel-rng"  # megatron-core's name
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,13 @@ def seed_random_streams(seed: int, step: int, world: World) -> None:
     place = (seed, step, world.pipeline_rank, tokens_of)
     torch.manual_seed(_hash_to_seed(*place))
     tracker = random.get_cuda_rng_tracker()
+    own_seed = _hash_to_seed(*place, 1 + world.tensor_parallel_rank)
+    state = tracker.get_states().get(MODEL_PARALLEL_STREAM)
+    if isinstance(state, torch.Generator):
+        state.manual_seed(own_seed)  # a CUDA graph holds it
+        return
     tracker.reset()
-    tracker.add("model-parallel-rng", _hash_to_seed(*place, 1 + world.tensor_parallel_rank))
+    tracker.add(MODEL_PARALLEL_STREAM, own_seed)
 
 
 def _hash_to_seed(*numbers: int) -> int:

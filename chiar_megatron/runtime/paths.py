@@ -51,16 +51,30 @@ def would_compile(config: RunConfig) -> bool:
 
 def would_replay(config: RunConfig) -> bool:
     """Whether a CUDA device with our kernels would replay forward and backward of this recipe's steps as a
-    CUDA graph: where all shapes are fixed, one process holds whole layers of the whole model, and the recipe
-    does not say otherwise."""
-    parallel = config.parallel
-    fixed = "R" not in config.model.schedule or has_fixed_rows(config.model.router)
-    alone = holds_whole_layers(parallel) and parallel.pipeline_model_parallel_size == 1
-    # Overlapped, a step's communication is begun by hooks on the host, which a replay does not call.
-    alone = alone and not parallel.overlap_grad_reduce
-    # A graph may choose other algorithms than the first steps, which run without it.
-    able = fixed and alone and not config.training.deterministic
-    return able and config.runtime.cuda_graph is not False
+    CUDA graph, transfers between ranks included."""
+    return why_launched(config) is None
+
+
+def why_launched(config: RunConfig) -> str | None:
+    """Why the host must launch every kernel of this recipe's steps; None if they can be replayed."""
+    parallel, training, runtime = config.parallel, config.training, config.runtime
+    routed = "R" in config.model.schedule
+    reasons = {
+        "runtime.cuda_graph is false": runtime.cuda_graph is False,
+        "rows vary (fixed by model.router.target and capacity)": (
+            routed and not has_fixed_rows(config.model.router)
+        ),
+        "decisions are recorded or replayed": bool(runtime.record_decisions or runtime.replay_decisions),
+        "a pipeline has not been tried in a graph": parallel.pipeline_model_parallel_size > 1,
+        "overlapped communication beside tensor or context parallelism has not been tried in a graph": (
+            parallel.overlap_grad_reduce and not holds_whole_layers(parallel)
+        ),
+        # They drop what they dropped before only if the host sets the generator back.
+        "layers with dropout are recomputed": training.recompute == "full" and config.model.dropout > 0.0,
+        # A graph may choose other algorithms than the first steps, which run without it.
+        "training.deterministic": training.deterministic,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def replays_steps(config: RunConfig, device: torch.device) -> bool:

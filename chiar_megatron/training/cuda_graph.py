@@ -1,7 +1,8 @@
 """Forward and backward of a whole step as one CUDA graph: a routed layer is many small launches, which cost
 the host more time than the device.
 
-Needs what capacity gives: equal shapes in every step, and no wait for the host within one.
+Needs what capacity gives: equal shapes in every step, and no wait for the host within one. What ranks send
+each other is part of the graph.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import torch
+from megatron.core.parallel_state import get_global_memory_buffer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, initialize_rng_tracker
 from torch import Tensor
 
 from chiar_megatron.data.dataset import TokenBatch
@@ -30,12 +33,16 @@ class GraphedPass:
     graph cannot be captured on the default one, nor take in work of another.
     """
 
-    def __init__(self, run: Pass) -> None:
+    def __init__(self, run: Pass, forget: Callable[[], None] = lambda: None) -> None:
+        """forget: sets what `run` keeps on the host from one call to the next to how a call has to find it;
+        a replay does not touch it."""
         self.run = run
+        self.forget = forget
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[TokenBatch] = []
         self.reports: list[Tensor] = []
+        self.buffers: list[Tensor] = []
 
     def __call__(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """What `run` returns; valid until the next call."""
@@ -49,12 +56,18 @@ class GraphedPass:
             for target, source in zip(_tensors(static), _tensors(batch), strict=True):
                 target.copy_(source.pin_memory(), non_blocking=True)
         self.graph.replay()
+        self.forget()
         return self.reports
 
     def _capture(self, batches: Sequence[TokenBatch]) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
         self.inputs = [_on_device(batch, device) for batch in batches]
         graph = torch.cuda.CUDAGraph()
+        for state in get_cuda_rng_tracker().get_states().values():
+            graph.register_generator_state(state)
+        # Tensors that a larger validation batch would replace, and free.
+        self.buffers = list(get_global_memory_buffer().buffer.values())
+        self.forget()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has a pool of its own, as large as all activations
         # Other threads, which read data ahead and write checkpoints, may go on.
@@ -64,9 +77,13 @@ class GraphedPass:
         _log.info("steps are replayed as one CUDA graph from here on")
 
 
-def use_side_stream() -> None:
-    """Make a stream other than the default one current, for the rest of the process."""
-    torch.cuda.set_stream(torch.cuda.Stream())
+def prepare(graphed: bool) -> None:
+    """Before a model is built on CUDA. graphed: its steps will be replayed; everything then runs on a stream
+    other than the default one for the rest of the process, and the random stream of tensor parallelism is one
+    that a graph can hold."""
+    initialize_rng_tracker(use_cudagraphable_rng=graphed, force_reset=True)
+    if graphed:
+        torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def _tensors(batch: TokenBatch) -> list[Tensor]:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 
 from chiar_megatron.config.mcore import ddp_config
 from chiar_megatron.config.schema import RunConfig
+from chiar_megatron.data.dataset import TokenBatch
 from chiar_megatron.model.gpt import ChiarModel
+from chiar_megatron.training.cuda_graph import Pass
 
 
 def wrap(config: RunConfig, chunks: Sequence[ChiarModel]) -> list[DistributedDataParallel]:
@@ -54,3 +57,26 @@ def _finish_gather(part: torch.nn.Module, wrapped: DistributedDataParallel) -> C
             group.finish_param_sync()
 
     return hook
+
+
+class ReducedGradients:
+    """Calls `run`, then waits for the sums over replicas that its backward pass began: both ends of what
+    overlaps must lie in one CUDA graph."""
+
+    def __init__(self, run: Pass, reduce: Callable[[], None]) -> None:
+        self.run = run
+        self.reduce = reduce
+
+    def __call__(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """What `run` returns."""
+        reports = self.run(batches)
+        self.reduce()
+        return reports
+
+
+def gather_again(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Have the next forward pass gather all weights, whether or not one has since they were updated."""
+    for chunk in wrapped:
+        for group in chunk.bucket_groups:
+            assert group.param_gather_handle is None, "weights are being gathered"
+            group.param_gather_dispatched = False

@@ -21,8 +21,8 @@ from chiar_megatron.model.initialize import initialize_parameters
 from chiar_megatron.routing.balance import move_thresholds
 from chiar_megatron.runtime.distributed import World, seed_random_streams
 from chiar_megatron.runtime.paths import compiles, replays_steps
-from chiar_megatron.training.cuda_graph import GraphedPass, Pass, use_side_stream
-from chiar_megatron.training.data_parallel import wrap
+from chiar_megatron.training.cuda_graph import GraphedPass, Pass, prepare
+from chiar_megatron.training.data_parallel import ReducedGradients, gather_again, wrap
 from chiar_megatron.training.decisions import DecisionRecorder, DecisionReplay
 from chiar_megatron.training.detail import Detail, Stopwatch
 from chiar_megatron.training.main_gradients import CopiedGradients
@@ -101,8 +101,8 @@ class MegatronEngine:
         self.world = world
         alone = recorder is None and replay is None
         graphed = alone and replays_steps(config, world.device)
-        if graphed:
-            use_side_stream()
+        if world.device.type == "cuda":
+            prepare(graphed)
         virtual = config.parallel.virtual_pipeline_model_parallel_size
         vp_stages: Sequence[int | None] = range(virtual) if virtual > 1 else (None,)
         self.chunks = [build_model(config, world, vp_stage) for vp_stage in vp_stages]
@@ -116,9 +116,7 @@ class MegatronEngine:
         self.learning_rate = LearningRate(config.optimizer, self.optimizer)
         self.forward_step = ForwardStep(world, recorder, replay)
         self.forward_backward = get_forward_backward_func()
-        self._train_pass: Pass = partial(self._run, forward_only=False)
-        if graphed:
-            self._train_pass = GraphedPass(CopiedGradients(self._train_pass, self.module))
+        self._train_pass, self._reduce_gradients = self._passes(graphed)
         self.stopwatch = Stopwatch(world.device)
         self.clock = StepClock(world.device)
         self.on_batch: Callable[[], None] = lambda: None
@@ -126,6 +124,19 @@ class MegatronEngine:
         self._last_sums: DeviceSums | None = None
         # Steps that may be under way while the host judges the one before.
         self.steps_ahead = 1 if world.device.type == "cuda" else 0
+
+    def _passes(self, graphed: bool) -> tuple[Pass, Callable[[], None]]:
+        """How a step goes forward and backward, and what then sums gradients over ranks."""
+        run: Pass = partial(self._run, forward_only=False)
+        # But for the division by the number of tokens, which would wait for the host and pass over all
+        # gradients once more: the update divides.
+        reduce = partial(finalize_model_grads, self.wrapped, None)
+        if not graphed:
+            return run, reduce
+        forget = partial(gather_again, self.wrapped)
+        if self.config.parallel.overlap_grad_reduce:
+            return GraphedPass(ReducedGradients(run, reduce), forget), lambda: None
+        return GraphedPass(CopiedGradients(run, self.module), forget), reduce
 
     @property
     def module(self) -> ChiarModel:
@@ -161,9 +172,7 @@ class MegatronEngine:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self.stopwatch.time(lambda: self._train_pass(batches))
-        # But for the division by the number of tokens, which would wait for the host and pass over all
-        # gradients once more: the update divides.
-        finalize_model_grads(self.wrapped, None)
+        self._reduce_gradients()
         detail = self._detail(batches) if detailed else None
         sums = reduce_step(self.chunks, reports, self.world, requests(), detail)
         self._last_sums = sums

@@ -28,7 +28,13 @@ from chiar_megatron.model.accounting import model_flops_per_token, parameter_cou
 from chiar_megatron.model.pipeline import pipeline_cut
 from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.runtime.distributed import World
-from chiar_megatron.runtime.paths import compiles, describe_paths, replays_steps
+from chiar_megatron.runtime.paths import (
+    compiles,
+    describe_paths,
+    kernels_available,
+    replays_steps,
+    why_launched,
+)
 from chiar_megatron.training.engine import StepResult
 
 _log = logging.getLogger(__name__)
@@ -62,6 +68,8 @@ def describe(config: RunConfig, world: World) -> list[str]:
         lines.append("layers are compiled at the first step")
     if replays_steps(config, world.device):
         lines.append("forward and backward are replayed as one CUDA graph from the fourth step on")
+    elif kernels_available(world.device):
+        lines.append(f"every kernel is launched by the host, no CUDA graph: {why_launched(config)}")
     peak = device_peak(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     if peak is not None:
         lines.append(f"MFU counts useful FLOPs against {peak}")

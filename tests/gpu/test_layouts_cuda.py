@@ -1,95 +1,136 @@
-"""Layouts over several GPUs of one host, through NCCL, against one GPU: the command line by torchrun."""
+"""Layouts over several GPUs of one host, through NCCL, against one GPU, replayed as CUDA graphs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.parallel.harness import REPOSITORY
-from tests.parallel.tiny_run import Sections, losses, records, write_data, write_recipe
-from tests.parallel.tiny_run import recipe as tiny_recipe
+from tests.gpu.workers_layouts import Trained
+from tests.parallel.harness import run_ranks
 
-STEPS = 6
 DEVICE = "cuda"  # "cpu" tries the test itself, over gloo
-LIMIT_SECONDS = 240
-OPTIONS: Sections = {
+LIMIT_SECONDS = 300.0
+STEPS, EVALUATE_EVERY = 6, 3  # a graph is captured in step 4, right after a validation
+RECIPE: dict[str, Any] = {
     "model": {
         "hidden_size": 256,
         "num_attention_heads": 4,
         "seq_length": 128,
+        "vocab_size": 97,  # odd: every layout pads it differently
         "schedule": "D R*4 A*3",
         "router": {"kind": "learned", "target": 0.5},
         "dropout": 0.0,
     },
-    "training": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2},
+    "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+    "training": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "eval_steps": 0},
     "runtime": {"device": DEVICE, "collective_timeout_seconds": 60.0, "compile": False},
 }
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "TP=2": (2, ["tensor_model_parallel_size=2"]),
-    "TP=2 SP": (2, ["tensor_model_parallel_size=2", "sequence_parallel=true"]),
-    "PP=2": (2, ["pipeline_model_parallel_size=2"]),
-    "PP=2 VPP=2": (2, ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"]),
-    "CP=2": (2, ["context_parallel_size=2"]),
-    "DP=2": (2, ["data_parallel_size=2"]),
-    "DP=2 overlapped": (
-        2, ["distributed_optimizer=true", "overlap_grad_reduce=true", "overlap_param_gather=true"],
-    ),
-    "TP=2 SP CP=2": (
-        4, ["tensor_model_parallel_size=2", "sequence_parallel=true", "context_parallel_size=2"],
-    ),
-    "TP=2 PP=2": (4, ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"]),
-    "PP=2 DP=2": (4, ["pipeline_model_parallel_size=2", "data_parallel_size=2"]),
-    "TP=2 SP DP=2": (4, ["tensor_model_parallel_size=2", "sequence_parallel=true", "data_parallel_size=2"]),
-}  # fmt: skip
+
+TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+CP, SP = {"context_parallel_size": 2}, {"sequence_parallel": True}
+VPP = {"virtual_pipeline_model_parallel_size": 2}
+OVERLAPPED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+# Each with as many replicas as there are processes for.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP": {},
+    "DP overlapped": OVERLAPPED,
+    "TP": TP,
+    "TP SP": {**TP, **SP},
+    "CP": CP,
+    "PP": PP,
+    "PP VPP": {**PP, **VPP},
+    "TP SP CP": {**TP, **SP, **CP},
+    "TP PP": {**TP, **PP},
+    "TP SP overlapped": {**TP, **SP, **OVERLAPPED},
+    "PP overlapped": {**PP, **OVERLAPPED},
+}
+HALVES = ("TP SP", "CP")  # also in half precision, which the kernels are for
+DROPS = {"replayed": None, "eager": False}
 
 
-def pretrain(recipe: Path, run_dir: Path, processes: int, overrides: Sequence[str]) -> Path:
-    """Train; returns the run folder."""
-    module = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *module, "-m", "chiar_megatron.cli", "pretrain", str(recipe), *overrides]
-    done = subprocess.run(
-        [*command, f"run_dir={run_dir}"],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
+def processes() -> int:
+    """Of the launch with all layouts."""
+    return 4 if DEVICE == "cpu" else min(4, torch.cuda.device_count())
+
+
+def fits(layout: dict[str, Any]) -> bool:
+    """Whether there are GPUs enough."""
+    sizes = [
+        size for name, size in layout.items() if name.endswith("parallel_size") and "virtual" not in name
+    ]
+    return processes() > 1 and processes() % int(torch.tensor([1, *sizes]).prod()) == 0
+
+
+def recipe(layout: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Sections of a recipe; fields as `section.field`, with a dot written as two underscores."""
+    sections = {name: dict(section) for name, section in RECIPE.items()} | {"parallel": dict(layout)}
+    for name, value in fields.items():
+        section, _, key = name.partition("__")
+        sections[section][key] = value
+    return sections
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Trained]:
+    recipes = {"full": recipe({}), "half": recipe({}, training__precision="bf16")}
+    return launch(1, recipes)
+
+
+@pytest.fixture(scope="module")
+def together() -> dict[str, Trained]:
+    recipes = {name: recipe(layout) for name, layout in LAYOUTS.items() if fits(layout)}
+    recipes |= {f"{name} half": recipe(LAYOUTS[name], training__precision="bf16") for name in HALVES}
+    recipes |= {
+        f"drop {name}": recipe(TP, model__dropout=0.2, runtime__cuda_graph=graph)
+        for name, graph in DROPS.items()
+    }
+    return launch(processes(), recipes)
+
+
+def launch(size: int, recipes: dict[str, dict[str, Any]]) -> dict[str, Trained]:
+    """All recipes in one launch; every rank has to tell the same."""
+    arguments = {"recipes": recipes, "steps": STEPS, "evaluate_every": EVALUATE_EVERY}
+    ranks = run_ranks("tests.gpu.workers_layouts:train", size, arguments, timeout=LIMIT_SECONDS)
+    assert all(told == ranks[0] for told in ranks)
+    trained: dict[str, Trained] = ranks[0]
+    return trained
+
+
+def agree(found: Trained, expected: Trained, loss: float, gradient_norm: float) -> None:
+    """Within an absolute difference of losses and a relative one of gradient norms, and finite."""
+    assert len(found.losses) == STEPS and len(found.validations) == STEPS // EVALUATE_EVERY
+    assert found.losses == pytest.approx(expected.losses, abs=loss), (found, expected)
+    assert found.validations == pytest.approx(expected.validations, abs=loss), (found, expected)
+    assert found.gradient_norms == pytest.approx(expected.gradient_norms, rel=gradient_norm), (
+        found,
+        expected,
     )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    return write_recipe(folder / "r.yaml", tiny_recipe(write_data(folder), folder / "run", OPTIONS))
-
-
-@pytest.fixture(scope="module")
-def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain(recipe, tmp_path_factory.mktemp("alone") / "run", 1, [])
 
 
 @pytest.mark.timeout(2 * LIMIT_SECONDS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_trains_as_one_gpu_does(
-    name: str, recipe: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    processes, fields = LAYOUTS[name]
-    if DEVICE == "cuda" and torch.cuda.device_count() < processes:
-        pytest.skip(f"needs {processes} CUDA devices, has {torch.cuda.device_count()}")
-    alone = request.getfixturevalue("alone")
-    run_dir = pretrain(recipe, tmp_path / "run", processes, [f"parallel.{field}" for field in fields])
-    found, expected = losses(run_dir), losses(alone)
-    assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
-    for step in expected:
-        assert found[step][0] == pytest.approx(expected[step][0], abs=5e-3), (step, found, expected)
-        assert found[step][1] == pytest.approx(expected[step][1], rel=2e-2), (step, found, expected)
-    rates = [record["tokens_per_second"] for record in records(run_dir)]
-    assert max(rates[1:]) < 10 * min(rates[1:]), rates  # no step's time is another's
+def test_a_layout_trains_as_one_gpu_does(name: str, request: pytest.FixtureRequest) -> None:
+    if not fits(LAYOUTS[name]):
+        pytest.skip(f"needs more CUDA devices than {processes()}")
+    alone, together = (request.getfixturevalue(fixture) for fixture in ("alone", "together"))
+    agree(together[name], alone["full"], loss=2e-3, gradient_norm=1e-2)
+
+
+@pytest.mark.timeout(2 * LIMIT_SECONDS)
+@pytest.mark.parametrize("name", HALVES)
+def test_so_it_does_in_half_precision(name: str, request: pytest.FixtureRequest) -> None:
+    if not fits(LAYOUTS[name]):
+        pytest.skip(f"needs more CUDA devices than {processes()}")
+    alone, together = (request.getfixturevalue(fixture) for fixture in ("alone", "together"))
+    agree(together[f"{name} half"], alone["half"], loss=5e-2, gradient_norm=0.1)
+
+
+@pytest.mark.timeout(2 * LIMIT_SECONDS)
+def test_replayed_steps_drop_what_eager_ones_do(request: pytest.FixtureRequest) -> None:
+    """Tensor-parallel ranks drop from two streams, and a CUDA graph must hold both."""
+    if not fits(TP):
+        pytest.skip(f"needs more CUDA devices than {processes()}")
+    together = request.getfixturevalue("together")
+    agree(together["drop replayed"], together["drop eager"], loss=2e-3, gradient_norm=1e-2)

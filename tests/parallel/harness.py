@@ -11,6 +11,7 @@ The worker is called as `losses(**args)` in every process. It reads its rank by
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -38,13 +39,14 @@ def run_ranks(
 
     from chiar_megatron.runtime.launch import launch_local
 
+    inherited = os.environ.get("PYTHONPATH")
     with tempfile.TemporaryDirectory(prefix="chiar-ranks-") as folder:
         torch.save(args or {}, Path(folder) / "args.pt")
         result = launch_local(
             [sys.executable, "-m", "tests.parallel.harness", function_path, folder],
             world_size,
             timeout_seconds=timeout,
-            env={"PYTHONPATH": str(REPOSITORY)},
+            env={"PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), inherited)))},
             grace_seconds=3.0,
         )
         if result.exit_code != 0:

@@ -28,7 +28,7 @@ from chiar_megatron.planning.balance import RANKS, simulate
 from chiar_megatron.planning.candidates import Candidate, candidates, weigh
 from chiar_megatron.planning.memory import GIB, USABLE, StageMemory, stage_memory
 from chiar_megatron.planning.speed import MEASURED_ON, MEASURED_TFLOPS, UNCOMPILED, Cluster, with_layout
-from chiar_megatron.runtime.paths import would_compile
+from chiar_megatron.runtime.paths import why_launched, would_compile
 
 _SHOWN = 12  # layouts in the list for people
 
@@ -181,6 +181,9 @@ def _own_layout(plan: Plan) -> Section:
         f"  estimated step {1e3 * time.total:.0f} ms ({parts} ms), {own.tokens_per_second:,.0f} tokens/s",
         *_assumptions(plan.cluster),
     ]
+    launched = why_launched(plan.config)
+    if launched is not None:
+        lines.append(f"  no CUDA graph ({launched}): small steps may wait for the host's launches")
     if time.data_parallel > 0.1 * time.total and not plan.config.parallel.overlap_grad_reduce:
         lines.append("  parallel.overlap_grad_reduce=true would hide some of what is data parallel")
     return lines, {"own": _candidate_fields(own), "fits": fits, "cluster": asdict(plan.cluster)}

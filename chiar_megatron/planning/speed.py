@@ -26,9 +26,9 @@ from chiar_megatron.runtime.paths import would_compile
 
 MEASURED_TFLOPS = 430.0
 MEASURED_ON = "one H200, bf16, whole steps of the 400M models: 384 to 478"
-# Of layers that are not compiled, as under tensor and context parallelism: 105.6k tokens/s beside 119.9k of
-# the 400M twin on one H200 (DESIGN, section 2).
-UNCOMPILED = 0.88
+# Of layers that are not compiled, as under tensor and context parallelism: 0.34 to 0.67 on two H200s, with
+# 4,096 tokens of hidden size 1024 each (benchmarks/README.md, "Several GPUs").
+UNCOMPILED = 0.5
 
 
 @dataclass(frozen=True)

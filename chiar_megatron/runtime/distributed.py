@@ -22,8 +22,8 @@ from chiar_megatron.runtime.device import select_device, set_threads
 from chiar_megatron.runtime.env import ProcessEnv
 from chiar_megatron.runtime.rendezvous import rendezvous
 
-# NCCL's flight recorder, by its name in torch 2.13 and in those before it; the watchdog writes it down.
-FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+# NCCL's flight recorder; the watchdog writes it down.
+FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"
 RECORDED_COLLECTIVES = 2000
 MODEL_PARALLEL_STREAM = "model-parallel-rng"  # megatron-core's name
 
@@ -115,8 +115,7 @@ def _join(device: torch.device, runtime: RuntimeConfig, env: ProcessEnv) -> None
     options: dict[str, Any] = {}
     if device.type == "cuda":
         options["device_id"] = device
-        for name in FLIGHT_RECORDER:
-            os.environ.setdefault(name, str(RECORDED_COLLECTIVES))
+        os.environ.setdefault(FLIGHT_RECORDER, str(RECORDED_COLLECTIVES))
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,

@@ -125,7 +125,8 @@ def _last(routed: Sequence[ChiarLayer]) -> tuple[Tensor | None, Tensor | None]:
 class Stopwatch:
     """How long this rank's own forward and backward work takes: on CUDA the device's time between two
     events, read once they have passed; on a CPU the processor time of this process, so that waiting for
-    others does not count. On CUDA waiting within the work (for other stages, tensor-parallel peers) does.
+    others does not count. On CUDA waiting within the work does: for other stages, for tensor- and
+    context-parallel peers, and for replicas whose overlapped sums are part of a CUDA graph.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -48,10 +48,12 @@ class RuntimeConfig:
     """CPU threads of one process. null: cores / processes on this host."""
 
     compile: Optional[bool] = None
-    """Compile layers with torch.compile. null: on CUDA, where one process holds a whole layer."""
+    """Compile layers with torch.compile. null: on CUDA, where one process holds a whole layer. true: not with
+    tensor parallelism."""
 
     cuda_graph: Optional[bool] = None
-    """false: never replay steps as a CUDA graph. null: on CUDA, where the shapes of a step are fixed."""
+    """false: never replay steps as a CUDA graph. null: on CUDA, where the shapes of a step are fixed; the log
+    says why not."""
 
     record_decisions: Optional[str] = None
     """Write every routing decision, by sample and layer, to this folder (small runs only)."""

@@ -104,18 +104,19 @@ def measure(config: RunConfig, world: World) -> tuple[int, float]:
     engine = MegatronEngine(config, world)
     steps = WARM_UP + BLOCKS * STEPS_A_BLOCK
     batches = read_ahead(stream, spread, 0, steps, config.data.num_workers)
-    seconds, begun = [], 0.0
-    for number in range(steps):
-        if number >= WARM_UP and (number - WARM_UP) % STEPS_A_BLOCK == 0:
-            begun = time.perf_counter()
-        pending = engine.launch_step(next(batches), number, detailed=False)
-        if (number + 1 - WARM_UP) % STEPS_A_BLOCK == 0 and number >= WARM_UP - 1:
-            assert pending.result().taken, "a step was skipped"
-            dist.barrier()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if number >= WARM_UP:
-                seconds.append((time.perf_counter() - begun) / STEPS_A_BLOCK)
+    numbers = iter(range(steps))
+
+    def train(count: int) -> float:
+        begun = time.perf_counter()
+        pending = [engine.launch_step(next(batches), next(numbers), detailed=False) for _ in range(count)]
+        assert all(step.result().taken for step in pending), "a step was skipped"
+        dist.barrier()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    train(WARM_UP)
+    seconds = [train(STEPS_A_BLOCK) / STEPS_A_BLOCK for _ in range(BLOCKS)]
     peak = torch.cuda.max_memory_allocated() - before if on_gpu else 0
     return peak, statistics.median(seconds)
 

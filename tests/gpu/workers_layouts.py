@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from chiar_megatron.config.load import config_from_dict, resolve_config
-from chiar_megatron.data.loader import BatchLayout
 from chiar_megatron.training.engine import MegatronEngine
-from tests.parallel.workers_parity import read_batch, start_layout
+from tests.parallel.workers_parity import read_step, start_layout
 
 
 @dataclass
@@ -32,24 +31,13 @@ def _one(recipe: dict[str, Any], steps: int, evaluate_every: int) -> Trained:
     config = resolve_config(config_from_dict(recipe), vocab_size=None, eod_token=0)
     world = start_layout(config.parallel, config)
     engine = MegatronEngine(config, world)
-    training = config.training
-    spread = BatchLayout(
-        training.global_batch_size,
-        training.micro_batch_size,
-        world.data_parallel_rank,
-        world.data_parallel_size,
-    )
-
-    def batches(step: int) -> list[Any]:
-        return [read_batch(config, spread.positions(step, m)) for m in range(spread.num_micro_batches)]
-
     trained = Trained()
     for step in range(steps):
-        result = engine.train_step(batches(step), step)
+        result = engine.train_step(read_step(config, world, step), step)
         trained.losses.append(result.sums.loss)
         trained.gradient_norms.append(result.grad_norm)
         if (step + 1) % evaluate_every == 0:
-            trained.validations.append(engine.validation_loss(batches(steps + step)))
+            trained.validations.append(engine.validation_loss(read_step(config, world, steps + step)))
     del engine
     gc.collect()  # a graph holds its activations
     if world.device.type == "cuda":

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from chiar_megatron.config.schema import ParallelConfig, RunConfig
-from chiar_megatron.data.loader import BatchLayout
 from chiar_megatron.metrics.routing import BalanceSummary, RoutingSummary
 from chiar_megatron.metrics.traces import StepTraces
 from chiar_megatron.training.decisions import DecisionRecorder
 from chiar_megatron.training.engine import MegatronEngine
 from chiar_megatron.training.step import routed_layers
-from tests.parallel.workers_parity import read_batch, start_layout
+from tests.parallel.workers_parity import read_step, start_layout
 
 
 @dataclass
@@ -41,18 +39,9 @@ def tell(config: RunConfig, layouts: dict[str, ParallelConfig], steps: int) -> d
         world = start_layout(parallel, own)
         recorder = DecisionRecorder(Path("unused"))
         engine = MegatronEngine(own, world, recorder)
-        training = own.training
-        layout = BatchLayout(
-            training.global_batch_size,
-            training.micro_batch_size,
-            world.data_parallel_rank,
-            world.data_parallel_size,
-        )
         answer = Told(data_parallel_rank=world.data_parallel_rank)
         for step in range(steps):
-            batches: list[Any] = [
-                read_batch(own, layout.positions(step, m)) for m in range(layout.num_micro_batches)
-            ]
+            batches = read_step(own, world, step)
             routers = [layer.router for layer in routed_layers(engine.chunks) if layer.router is not None]
             answer.thresholds.append({r.layer_number: float(r.threshold) for r in routers})
             sums = engine.launch_step(batches, step, detailed=step < steps - 1).result().sums

@@ -83,6 +83,18 @@ def read_batch(config: RunConfig, samples: range) -> TokenBatch:
     )
 
 
+def read_step(config: RunConfig, world: World, step: int) -> list[TokenBatch]:
+    """This replica's micro-batches of a step."""
+    training = config.training
+    layout = BatchLayout(
+        training.global_batch_size,
+        training.micro_batch_size,
+        world.data_parallel_rank,
+        world.data_parallel_size,
+    )
+    return [read_batch(config, layout.positions(step, m)) for m in range(layout.num_micro_batches)]
+
+
 def start_layout(parallel: ParallelConfig, config: RunConfig) -> World:
     """Process groups of another layout over the same processes."""
     if parallel_state.model_parallel_is_initialized():
@@ -99,16 +111,8 @@ def train_case(
     engine = MegatronEngine(config, world, recorder, DecisionReplay(replay) if replay else None)
     answer = Answer(tensor_parallel_group=_tensor_parallel_group())
     answer.initial = {name: _piece(p, p.data, world) for name, p in _named(engine)}
-    training = config.training
-    layout = BatchLayout(
-        training.global_batch_size,
-        training.micro_batch_size,
-        world.data_parallel_rank,
-        world.data_parallel_size,
-    )
     for step in range(steps):
-        batches = [read_batch(config, layout.positions(step, m)) for m in range(layout.num_micro_batches)]
-        result = engine.train_step(batches, step)
+        result = engine.train_step(read_step(config, world, step), step)
         assert result.taken
         answer.losses.append(result.sums.loss)
         answer.z_losses.append(result.sums.z_loss)

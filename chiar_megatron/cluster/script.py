@@ -13,6 +13,7 @@ from typing import Optional
 from chiar_megatron.cluster.placement import Placement
 from chiar_megatron.cluster.site import ClusterConfig
 from chiar_megatron.errors import LaunchError
+from chiar_megatron.runtime.env import JOB_PORTS
 
 _FOLDERS = (Path(__file__).resolve().parents[2] / "slurm", Path(sys.prefix) / "share/chiar_megatron/slurm")
 
@@ -157,7 +158,7 @@ def _runner(cluster: ClusterConfig, placement: Placement) -> str:
         f'RUNNER=({ignoring} "$PYTHON" -m torch.distributed.run --nnodes={placement.nodes} '
         f"--nproc-per-node={placement.tasks_per_node} --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID "
         '--rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-        ':$((20000 + SLURM_JOB_ID % 20000))" -m)'
+        f':$(({JOB_PORTS.start} + SLURM_JOB_ID % {len(JOB_PORTS)}))" -m)'
     )
 
 

@@ -20,7 +20,9 @@ TORCH_MIN, TORCH_END = (2, 11), (2, 14)
 MEGATRON_CORE = "0.16.1"
 
 DEFAULT_PORT = 29500  # torchrun's own
-JOB_PORTS = range(20000, 40000)  # jobs that share a host get different ports by their job id
+# Jobs that share a host get different ports by their job id, all below those that Linux gives to outgoing
+# connections (32768 to 60999): any program's connection could hold one of those when rank 0 wants to listen.
+JOB_PORTS = range(20000, 32000)
 
 Launcher = Literal["torchrun", "slurm", "openmpi", "mpich", "none"]
 

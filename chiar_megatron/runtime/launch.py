@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from types import FrameType
 from typing import IO, Optional
 
 from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RESUMABLE, LaunchError
+from chiar_megatron.runtime.env import JOB_PORTS
 
 EXIT_TIMEOUT = 124  # what `timeout` of coreutils answers
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, and for stack dumps after SIGABRT
@@ -94,11 +96,20 @@ def launch_local(
 
 
 def free_port() -> int:
-    """A TCP port of this host that nothing listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of this host that nothing listens at now.
+
+    Rank 0 listens seconds later: one of the system's own choice could by then be an outgoing connection's.
+
+    Raises LaunchError if none is free.
+    """
+    for port in random.SystemRandom().sample(JOB_PORTS, len(JOB_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LaunchError(
+        f"All ports of this host from {JOB_PORTS.start} to {JOB_PORTS.stop - 1} are in use: end what listens "
+        f"there (`ss -ltnp` shows it)."
+    )
 
 
 def _rank_variables(num_processes: int, extra: Mapping[str, str]) -> dict[str, str]:

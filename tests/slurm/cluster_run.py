@@ -27,7 +27,7 @@ SITE: dict[str, Any] = {
     # Ranks 0 and 1 lie on two nodes, and so do the two halves of every tensor-parallel layer.
     "srun": ["--distribution=cyclic"],
     # All nodes are one host here: attempts that live at the same time need ports of their own.
-    "setup": ["export MASTER_PORT=$((30000 + (7 * SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 9000))"],
+    "setup": ["export MASTER_PORT=$((12000 + (7 * SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 8000))"],
     "environment": {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
 }
 

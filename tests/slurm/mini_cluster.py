@@ -316,7 +316,7 @@ def alive(process: psutil.Process) -> bool:
 def _free_ports(count: int) -> int:
     """The first of so many ports in a row that nobody listens at."""
     for _ in range(200):
-        first = random.randrange(42000, 60000)
+        first = random.randrange(10000, 12000)  # below those of outgoing connections
         with suppress(OSError):
             for port in range(first, first + count):
                 with socket.socket() as probe:

@@ -8,6 +8,7 @@ import pytest
 
 from chiar_megatron.errors import LaunchError
 from chiar_megatron.runtime.env import check_versions, host_names, read_process_env
+from chiar_megatron.runtime.launch import free_port
 
 TORCHRUN = {  # the last of two hosts of two
     "RANK": "3",
@@ -61,7 +62,7 @@ MPICH = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, "none", (0, 1, 0, 1, 0), "127.0.0.1:29500"),
         ({**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1"}, "none", (0, 1, 0, 1, 0), "127.0.0.1:29500"),
         (OPENMPI, "openmpi", (1, 2, 1, 2, 0), "127.0.0.1:29500"),
-        ({**OPENMPI, "PMIX_NAMESPACE": "1525415937"}, "openmpi", (1, 2, 1, 2, 0), "127.0.0.1:35937"),
+        ({**OPENMPI, "PMIX_NAMESPACE": "1525415937"}, "openmpi", (1, 2, 1, 2, 0), "127.0.0.1:31937"),
         ({**OPENMPI, **SLURM_BATCH, "MASTER_PORT": "77"}, "openmpi", (1, 2, 1, 2, 0), "127.0.0.1:77"),
         ({**MPICH, "MASTER_ADDR": "host1"}, "mpich", (1, 4, 1, 2, 0), "host1:29500"),
         # srun --mpi=pmi2 sets both; SLURM knows the local ranks.
@@ -76,6 +77,15 @@ def test_launchers_variables_are_read(variables, launcher, ranks, master):
     assert (env.rank, env.world_size, env.local_rank, env.local_world_size, env.node_rank) == ranks
     assert f"{env.master_addr}:{env.master_port}" == master
     assert env.host == socket.gethostname()
+
+
+def test_suggested_ports_are_never_those_of_outgoing_connections():
+    """Any program's connection may hold one of Linux's 32768 to 60999 (`ip_local_port_range`)."""
+    for job in ("11999", "12000", "19999", "4294967295"):
+        mpi = read_process_env({**OPENMPI, "PMIX_NAMESPACE": job})
+        slurm = read_process_env({**SLURM_STEP, "SLURM_JOB_ID": job})
+        assert 20000 <= mpi.master_port == slurm.master_port < 32768
+    assert all(20000 <= free_port() < 32768 for _ in range(20))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from chiar_megatron.cli.cluster import add_cluster_verbs
+from chiar_megatron.cli.common import Parser
 from chiar_megatron.cli.machine import add_machine_verbs
 from chiar_megatron.cli.models import add_model_verbs
 from chiar_megatron.cli.planning import add_planning_verbs
@@ -25,12 +26,13 @@ from chiar_megatron.errors import EXIT_DONE, ChiarError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 failed, 2 bad input, 75 stopped early and resumable)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    parser = build_parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    parser, words = build_parser(), sys.argv[1:] if arguments is None else list(arguments)
+    parsed, rest = parser.parse_known_args(words)
     # argparse takes fields to overrule before options only.
     if rest and hasattr(parsed, "overrides") and all("=" in text and text[0] != "-" for text in rest):
         parsed.overrides = [*parsed.overrides, *rest]
     elif rest:
+        parser.prog += f" {words[0]}"  # whose help has the options
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(parsed.run(parsed))
@@ -44,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All verbs with their options."""
-    parser = argparse.ArgumentParser(prog="chiar", description="Pretrain CHIAR-Former language models.")
+    parser: argparse.ArgumentParser = Parser(
+        prog="chiar", description="Pretrain CHIAR-Former language models."
+    )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add_training_verbs(verbs)
     add_planning_verbs(verbs)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from chiar_megatron.errors import ChiarError
+from chiar_megatron.errors import EXIT_BAD_INPUT, ChiarError
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like all bad input; argparse prints the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2."""
+        # argparse names the function that took no such text.
+        message = re.sub(r"invalid \w+ value: (.*)", r"\1 is no number", message)
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}; see `{self.prog} --help`\n")
 
 
 def count(text: str) -> int:

@@ -65,10 +65,6 @@ def why_launched(config: RunConfig) -> str | None:
             routed and not has_fixed_rows(config.model.router)
         ),
         "decisions are recorded or replayed": bool(runtime.record_decisions or runtime.replay_decisions),
-        "a pipeline has not been tried in a graph": parallel.pipeline_model_parallel_size > 1,
-        "overlapped communication beside tensor or context parallelism has not been tried in a graph": (
-            parallel.overlap_grad_reduce and not holds_whole_layers(parallel)
-        ),
         # They drop what they dropped before only if the host sets the generator back.
         "layers with dropout are recomputed": training.recompute == "full" and config.model.dropout > 0.0,
         # A graph may choose other algorithms than the first steps, which run without it.

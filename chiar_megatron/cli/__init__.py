@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and hasattr(parsed, "overrides") and all("=" in text and text[0] != "-" for text in rest):
         parsed.overrides = [*parsed.overrides, *rest]
     elif rest:
-        parser.prog += f" {words[0]}"  # whose help has the options
+        verb = next(word for word in words if word[:1] != "-")
+        parser.prog += f" {verb}"  # whose help has the options
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(parsed.run(parsed))

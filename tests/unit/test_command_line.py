@@ -11,6 +11,7 @@ from chiar_megatron.cli import main
     ("arguments", "said"),
     [
         ("pretrain recipe.yaml --foo 1", "chiar pretrain: unrecognized arguments: --foo 1; see"),
+        ("--foo plan recipe.yaml", "chiar plan: unrecognized arguments: --foo; see `chiar plan --help`"),
         ("bench step --seq-length x", "chiar bench step: argument --seq-length: 'x' is no number; see"),
         ("convert --shard-bytes 5XB", "chiar convert: argument --shard-bytes: '5XB' is no number; see"),
         ("plan recipe.yaml --gpus 0", "chiar plan: argument --gpus: 0 must be at least 1; see"),

@@ -11,10 +11,12 @@ import pytest
 
 from chiar_megatron.cluster.attempts import LOST, Ending, begin_attempt, end_attempt
 from chiar_megatron.cluster.placement import Placement, place, place_on, spread_warnings
+from chiar_megatron.cluster.script import pretrain_script
 from chiar_megatron.cluster.site import ClusterConfig, load_cluster
 from chiar_megatron.config.load import config_from_dict
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.errors import ChiarError, ConfigError
+from chiar_megatron.runtime.env import read_process_env
 
 RECIPE = "run_dir: run\nmodel: {hidden_size: 32, vocab_size: 97}\ndata: {train: [text], eod_token: 0}\n"
 
@@ -175,6 +177,19 @@ def test_elastic_needs_a_free_choice_of_replicas(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("elastic: true\nlauncher: torchrun\n")
     with pytest.raises(ConfigError, match="elastic: true needs launcher: srun"):
         load_cluster(tmp_path / "c.yaml")
+
+
+def test_torchrun_meets_where_srun_would(tmp_path: Path) -> None:
+    """At the port of the job's number, as `bash` makes it of the script."""
+    cluster = ClusterConfig(launcher="torchrun", gpus_per_node=2)
+    script = pretrain_script(tmp_path, "run", ["pretrain", "recipe.yaml"], cluster, Placement(2, 2))
+    runner = next(line for line in script.splitlines() if "rdzv-endpoint" in line)
+    lines = ["scontrol() { echo n7; }", "SLURM_JOB_ID=61234 PYTHON=python", runner, 'echo "${RUNNER[@]}"']
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    step = {"SLURM_JOB_ID": "61234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    step |= {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "n[7-8]"}
+    env = read_process_env(step)
+    assert f"--rdzv-endpoint={env.master_addr}:{env.master_port} " in done.stdout, done
 
 
 def test_layers_that_wait_for_the_network_are_told() -> None:

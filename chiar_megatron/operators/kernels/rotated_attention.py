@@ -1,5 +1,9 @@
-"""`routed_attention` together with the rotation of its queries and keys: gradients of keys and values go
-straight to where their linear layer wants them, and are rotated back in place."""
+"""`routed_attention` together with the rotation of its queries and keys.
+
+Gradients of keys and values go straight to where their linear layer wants them. Queries are rotated where
+they are read, and gradients rotated back where they are written, if the head size is a power of two; passes
+of their own took 0.06 ms a layer on one H200, for 17,216 rows of 32,768 tokens, 16 heads of 64.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from chiar_megatron.operators.kernels.rotary import turn
 from chiar_megatron.operators.kernels.routed_attention import attend, gradients_of
-from chiar_megatron.operators.kernels.routed_attention_tiles import per_row
+from chiar_megatron.operators.kernels.routed_attention_tiles import per_row, turns_in_kernels
 
 KEY, VALUE = slice(0, 1), 1  # of the third dimension of keys and values
 
@@ -62,13 +66,17 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, logsumexp, rotated queries and rotated keys [K, g, d]."""
     turned_q, turned_k = _empty(q, kv)
-    cos_R, sin_R, cos_K, sin_K = angles
-    turn(_rows(q), _rows(turned_q), cos_R, sin_R, 1.0)
+    cos_R, sin_R, cos_K, sin_K = (table.contiguous() for table in angles)
     if kv.numel():
         keys = turned_k.unflatten(0, (-1, len(cos_K)))[:, :, :, None]
         turn(_sequences(kv, cos_K), keys, cos_K, sin_K, 1.0)
-    first, last = ranges
-    out, lse = attend(turned_q, turned_k, kv[:, :, VALUE], first, last, seed, dropout_p)
+    keys_values, (first, last) = (turned_k, kv[:, :, VALUE]), ranges
+    if turns_in_kernels(q.shape[-1]):
+        turning = (cos_R, sin_R, turned_q)
+        out, lse = attend(q, keys_values, (first, last), seed, dropout_p, turning)
+    else:
+        turn(_rows(q), _rows(turned_q), cos_R, sin_R, 1.0)
+        out, lse = attend(turned_q, keys_values, (first, last), seed, dropout_p)
     return out, lse, turned_q, turned_k
 
 
@@ -87,8 +95,14 @@ def _backward_op(
     dq = torch.empty(turned_q.shape, dtype=kv.dtype, device=kv.device)
     dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
     inputs = [turned_q, turned_k, kv[:, :, VALUE], *ranges, out, lse]
-    gradients_of(grad, inputs, seed, dropout_p, (dq, dkv[:, :, 0], dkv[:, :, VALUE]))
-    cos_R, sin_R, cos_K, sin_K = angles
+    tables = [table.contiguous() for table in angles]
+    cos_R, sin_R, cos_K, sin_K = tables
+    within = turns_in_kernels(dq.shape[-1])
+    gradients_of(
+        grad, inputs, seed, dropout_p, (dq, dkv[:, :, 0], dkv[:, :, VALUE]), tables if within else None
+    )
+    if within:
+        return dq, dkv
     turn(_rows(dq), _rows(dq), cos_R, sin_R, -1.0)
     if kv.numel():
         turn(_sequences(dkv, cos_K), _sequences(dkv, cos_K), cos_K, sin_K, -1.0)

@@ -12,6 +12,7 @@ with or without document boundaries. Work grows with the number of query rows, n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     score_scale,
     store_tile,
     tuning_of,
+    turned,
 )
 
 
@@ -120,6 +122,7 @@ def _attend(
 @triton.jit
 def _forward_kernel(
     tensors,
+    turning,
     k_tiles,
     v_tiles,
     strides,
@@ -127,6 +130,7 @@ def _forward_kernel(
     numbers,
     BLOCKS: tl.constexpr,
 ):
+    """turning: rows' cos and sin, and where their rotated queries go; or None, if they are rotated."""
     HEAD: tl.constexpr = BLOCKS[0]
     BLOCK_Q: tl.constexpr = BLOCKS[1]
     BLOCK_K: tl.constexpr = BLOCKS[2]
@@ -143,6 +147,10 @@ def _forward_kernel(
     row = start + tl.arange(0, BLOCK_Q)
     first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, row, R)
     q = load_tile(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
+    if turning is not None:
+        cos_ptr, sin_ptr, turned_ptr = turning
+        q = turned(q.to(tl.float32), (cos_ptr, sin_ptr), row, row < R, 1.0, HEAD).to(q.dtype)
+        store_tile(turned_ptr + tl.cast(head, tl.int64) * HEAD, start, heads * HEAD, R, q, HEAD)
     rows = (q, row, first, last)
     extra = (scale, seed_ptr, head, threshold, keep_scale)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -177,9 +185,19 @@ def _forward_kernel(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, seed: Tensor | None, dropout_p: float
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    ranges: tuple[Tensor, Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
+    turning: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [R, n, d] and logsumexp of the scores, to base 2, [n, R] float32 by `per_row`."""
+    """Output [R, n, d] and logsumexp of the scores, to base 2, [n, R] float32 by `per_row`.
+
+    turning: cos and sin [R, d/2] float32, contiguous, by which to rotate queries first (d by
+    `turns_in_kernels`), and where to write the rotated ones, [R, n, d] contiguous.
+    """
+    (k, v), (first, last) = kv, ranges
     (R, n, d), g = q.shape, k.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     first, last = first.contiguous(), last.contiguous()
@@ -191,6 +209,7 @@ def attend(
     threshold, keep_scale = dropout_numbers(dropout_p)
     _forward_kernel[(triton.cdiv(R, tuning.block_q) * n,)](
         (q, k, v, first, last, out, lse, seed),
+        turning,
         *tuning.descriptors(k, v, tuning.block_k),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         (R, n, n // g),
@@ -201,13 +220,18 @@ def attend(
 
 
 def gradients_of(
-    grad: Tensor, saved: list[Tensor], seed: Tensor | None, dropout_p: float, out: tuple[Tensor, ...]
+    grad: Tensor,
+    saved: list[Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
+    out: tuple[Tensor, ...],
+    angles: Sequence[Tensor] | None = None,
 ) -> None:
-    """Writes those of q, k and v into `out`, whose strides are for `gradients` to say; saved: what `attend`
-    took and gave."""
+    """Writes those of q, k and v into `out`, whose strides are for `gradients` to say, as are the angles;
+    saved: what `attend` took and gave."""
     q, k, v, *rest = saved
     q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
-    gradients(grad, Saved(q, k, v, *rest), seed, dropout_numbers(dropout_p), out)
+    gradients(grad, Saved(q, k, v, *rest), seed, dropout_numbers(dropout_p), out, angles)
 
 
 _LIBRARY = "chiar_megatron"
@@ -228,7 +252,7 @@ def _forward_op(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, first, last, seed, dropout_p)
+    return attend(q, (k, v), (first, last), seed, dropout_p)
 
 
 @_forward_op.register_fake

@@ -12,13 +12,14 @@ them rows): forward and backward 1.246 ms against 1.108 ms, and its order of sum
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chiar_megatron.operators.kernels.routed_attention_ranges import row_ranges
+from chiar_megatron.operators.kernels.routed_attention_prepare import prepare
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     inner_range,
     kept,
@@ -29,13 +30,12 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     load_line,
     load_tile,
     padded_head,
-    per_row,
     score_scale,
     store_tile,
     tuning_of,
+    turned,
 )
 
-DELTA_ROWS = 64
 LN_2 = tl.constexpr(math.log(2))
 
 
@@ -52,12 +52,19 @@ class Saved(NamedTuple):
 
 
 def gradients(
-    grad: Tensor, saved: Saved, seed: Tensor | None, dropout: tuple[int, float], out: tuple[Tensor, ...]
+    grad: Tensor,
+    saved: Saved,
+    seed: Tensor | None,
+    dropout: tuple[int, float],
+    out: tuple[Tensor, ...],
+    angles: Sequence[Tensor] | None = None,
 ) -> None:
     """Writes the gradients of q, k and v, for the gradient `grad` [R, n, d] of the output, into `out`: that
     of q contiguous, those of k and v with the same strides, the last of them 1.
 
-    dropout: what `dropout_numbers` says of its probability; it counts where there is a seed.
+    dropout: what `dropout_numbers` says of its probability; it counts where there is a seed. angles: cos and
+    sin, contiguous float32, of the rows [R, d/2], then of the keys or of one sequence of them, by which to
+    rotate the gradients of q and k back (d by `turns_in_kernels`).
     """
     q, k = saved.q, saved.k
     R, n, d = q.shape
@@ -67,13 +74,12 @@ def gradients(
         for empty in out:
             empty.zero_()
         return
-    delta = per_row(q)
-    _delta_kernel[(triton.cdiv(R, DELTA_ROWS) * n,)](
-        (grad, saved.out, delta), grad.stride()[:2], (R, n), d, DELTA_ROWS
-    )
-    numbers = (score_scale(d), *dropout)
-    _query_gradient(grad, saved, delta, seed, numbers, dq)
-    _key_gradient(grad, saved, delta, seed, numbers, (dk, dv))
+    ranges, block_k = (saved.first, saved.last), tuning_of("key_grad", q).block_k
+    delta, bounds = prepare(grad, saved.out, ranges, len(k), block_k)
+    shared = (grad, saved, delta, seed, (score_scale(d), *dropout))
+    of_rows, of_keys = (None, None) if angles is None else (tuple(angles[:2]), tuple(angles[2:]))
+    _query_gradient(*shared, dq, of_rows)
+    _key_gradient(*shared, bounds, (dk, dv), of_keys)
 
 
 def _strides(grad: Tensor, saved: Saved) -> tuple[int, ...]:
@@ -82,12 +88,19 @@ def _strides(grad: Tensor, saved: Saved) -> tuple[int, ...]:
 
 
 def _query_gradient(
-    grad: Tensor, saved: Saved, delta: Tensor, seed: Tensor | None, numbers: tuple[Any, ...], dq: Tensor
+    grad: Tensor,
+    saved: Saved,
+    delta: Tensor,
+    seed: Tensor | None,
+    numbers: tuple[Any, ...],
+    dq: Tensor,
+    angles: tuple[Tensor, ...] | None,
 ) -> None:
     (R, n, d), g = saved.q.shape, saved.k.shape[1]
     tuning = tuning_of("query_grad", saved.q)
     _query_gradient_kernel[(triton.cdiv(R, tuning.block_q) * n,)](
         (*saved[:5], grad, saved.lse, delta, seed, dq),
+        angles,
         *tuning.descriptors(saved.k, saved.v, tuning.block_k),
         _strides(grad, saved),
         (R, n, n // g),
@@ -102,36 +115,32 @@ def _key_gradient(
     delta: Tensor,
     seed: Tensor | None,
     numbers: tuple[Any, ...],
+    bounds: Tensor,
     out: tuple[Tensor, Tensor],
+    angles: tuple[Tensor, ...] | None,
 ) -> None:
     (R, n, d), (K, g, _) = saved.q.shape, saved.k.shape
     tuning = tuning_of("key_grad", saved.q)
-    bounds = row_ranges(saved.first, saved.last, K, tuning.block_k)
     tiles = tuning.descriptors(saved.q, grad, tuning.block_q)
     lines = (None, None) if tiles[0] is None else line_descriptors(saved.lse, delta, tuning.block_q)
     _key_gradient_kernel[(triton.cdiv(K, tuning.block_k) * g,)](
-        (*saved[:5], grad, saved.lse, delta, seed, bounds, *out),
+        # Triton 3.6 takes no descriptors within tuples.
+        (
+            *saved[:5],
+            grad,
+            saved.lse,
+            delta,
+            seed,
+            bounds,
+            *out,
+            *((None, None) if angles is None else angles),
+        ),
         *tiles,
         *lines,
         (*_strides(grad, saved), *out[0].stride()[:2]),
-        (R, K, n, g, *numbers),
+        (R, K, n, g, K if angles is None else len(angles[0]), *numbers),
         **tuning.options(d),
     )
-
-
-@triton.jit
-def _delta_kernel(tensors, grad_strides, sizes, HEAD: tl.constexpr, ROWS: tl.constexpr):
-    """delta [n, R]: the sum of grad · out over the head, which the softmax's gradient subtracts."""
-    grad_ptr, out_ptr, delta_ptr = tensors
-    grad_row, grad_head = grad_strides
-    R, heads = sizes
-    start = tl.program_id(0) // heads * ROWS
-    head = tl.cast(tl.program_id(0) % heads, tl.int64)
-    grad = load_tile(grad_ptr + head * grad_head, start, grad_row, R, ROWS, HEAD, True)
-    out = load_tile(out_ptr + head * HEAD, start, heads * HEAD, R, ROWS, HEAD, True)
-    row = start + tl.arange(0, ROWS)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + line(head, R) + row, delta, mask=row < R)
 
 
 @triton.jit
@@ -180,6 +189,7 @@ def _over_keys(
 @triton.jit
 def _query_gradient_kernel(
     tensors,
+    angles,
     k_tiles,
     v_tiles,
     strides,
@@ -224,6 +234,8 @@ def _query_gradient_kernel(
         dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
     # Padding rows may have met gradients that are no numbers.
     dq = tl.where((first <= last)[:, None], dq * (scale * LN_2), 0.0)
+    if angles is not None:
+        dq = turned(dq, angles, row, row < R, -1.0, HEAD)
     store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)
 
 
@@ -309,9 +321,9 @@ def _key_gradient_kernel(
     EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
-    bounds_ptr, dk_ptr, dv_ptr = tensors[9:]
+    bounds_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, out_row, out_head = strides
-    R, K, heads, groups, scale, threshold, keep_scale = numbers
+    R, K, heads, groups, s, scale, threshold, keep_scale = numbers
     # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
     blocks = tl.num_programs(0) // groups
     block = tl.program_id(0) // groups
@@ -355,5 +367,7 @@ def _key_gradient_kernel(
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
     dk, dv = state
     dk = dk * (scale * LN_2)
+    if cos_ptr is not None:
+        dk = turned(dk, (cos_ptr, sin_ptr), key % s, key < K, -1.0, HEAD)
     store_tile(dk_ptr + kv_head * out_head, start, out_row, K, dk, HEAD)
     store_tile(dv_ptr + kv_head * out_head, start, out_row, K, dv, HEAD)

@@ -107,6 +107,12 @@ def padded_head(d):
     return max(16, 1 << (d - 1).bit_length())
 
 
+@triton.constexpr_function
+def turns_in_kernels(d):
+    """Whether kernels can rotate their own tiles: halves of a head must be powers of two."""
+    return padded_head(d) == d
+
+
 def score_scale(d: int) -> float:
     """Factor from q·k to the exponent of 2."""
     return LOG2_E / math.sqrt(d)
@@ -161,6 +167,23 @@ def store_tile(base, start, stride, stop, tile, HEAD: tl.constexpr):
     pointers = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + col[None, :])
     mask = (row < stop - start)[:, None] & (col < HEAD)[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def turned(tile, angles, place, inside, sign, HEAD: tl.constexpr):
+    """tile [rows, HEAD] float32, rotated by the angles at `place` [rows] where `inside`; sign -1: back.
+
+    angles: pointers to cos and sin [*, HEAD/2] float32.
+    """
+    cos_ptr, sin_ptr = angles
+    HALF: tl.constexpr = HEAD // 2
+    ROWS: tl.constexpr = tile.shape[0]
+    first, second = tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, HALF]), [0, 2, 1]))
+    angle = tl.cast(place, tl.int64)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=inside[:, None], other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside[:, None], other=0.0) * sign
+    both = tl.join(first * cos - second * sin, second * cos + first * sin)
+    return tl.reshape(tl.permute(both, [0, 2, 1]), [ROWS, HEAD])
 
 
 @triton.jit

@@ -90,8 +90,7 @@ class SelfAttention(MegatronModule):
         offset, length = context.position_offset, grouped.shape[1]
         # A context-parallel rank holds the part of each sequence that begins here.
         first = offset if self.exchange is None else self.exchange.rank * length
-        positions_S = torch.arange(first, first + length, device=x_BSH.device)
-        cos_S1D, sin_S1D = self.rotary(positions_S, first + length)
+        cos_S1D, sin_S1D = self.rotary.stretch(first, first + length, x_BSH.device)
         query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D)
         query_BSND = query_BSGRD.flatten(2, 3)
         if self.exchange is not None:
@@ -168,7 +167,7 @@ class SelfAttention(MegatronModule):
             kv_KGYD = self.exchange.keys_and_values(kv_KGYD, b, parted if routed else None)
         position_R = rows.index_R % s
         of_rows = self.rotary(position_R, s)
-        of_keys = of_rows if routed else self.rotary(torch.arange(s, device=rows_RH.device), s)
+        of_keys = of_rows if routed else self.rotary.stretch(0, s, rows_RH.device)
         angles = tuple(table.squeeze(1) for table in (*of_rows, *of_keys))
         ranges = key_ranges(rows, b, s, context.document_ids_BS, routed)
         output_RND = self._attend_rotated(query_RND, kv_KGYD, angles, ranges)

@@ -27,11 +27,21 @@ class RotaryEmbedding(torch.nn.Module):
 
     def forward(self, positions_X: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[x, 1, d/2]` float32 of positions that all lie before `end`."""
-        if self._cos_SD.shape[0] < end or self._cos_SD.device != positions_X.device:
+        cos_SD, sin_SD = self._tables(end, positions_X.device)
+        return cos_SD[positions_X][:, None], sin_SD[positions_X][:, None]
+
+    def stretch(self, first: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin `[end - first, 1, d/2]` float32 of the positions from `first` to before `end`, which
+        are no copies."""
+        cos_SD, sin_SD = self._tables(end, device)
+        return cos_SD[first:end, None], sin_SD[first:end, None]
+
+    def _tables(self, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._cos_SD.shape[0] < end or self._cos_SD.device != device:
             length = max(end, 2 * self._cos_SD.shape[0])  # generation asks token by token
-            tables = _rotary_tables(length, self.head_size, self.base, self.scaling, positions_X.device)
+            tables = _rotary_tables(length, self.head_size, self.base, self.scaling, device)
             self._cos_SD, self._sin_SD = tables
-        return self._cos_SD[positions_X][:, None], self._sin_SD[positions_X][:, None]
+        return self._cos_SD, self._sin_SD
 
 
 @lru_cache(maxsize=4)

@@ -93,7 +93,7 @@ def tokens() -> None:
     spectral_mixing(x, weight).sum().backward()
     spectral_entropy(x.detach())
     light, scores = torch.zeros(TOKENS, dtype=torch.bool), torch.empty(TOKENS)
-    kept, slot, index, rest, counts = select_rows(light, scores, ROWS)
+    kept, slot, index, rest, counts, _ = select_rows(light, scores, ROWS)
     rows = TokenRows(index, torch.zeros(ROWS, dtype=torch.bool), slot, kept, rest, counts[1:])
     parameters = UpdateParameters(weight, bias, norm, norm)
     routed_update(x, memory(ROWS, WIDTH), rows, parameters)[0].sum().backward()

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chiar_megatron.operators.kernels.column_sums import column_sums
+
 # Best of a sweep on one H200 (bf16, 32768 x 4096).
 COLS, FORWARD_ROWS, BACKWARD_ROWS = 1024, 8, 2  # of a tile
 BLOCKS = 4  # tiles, one below the other, of a program of the forward pass
@@ -88,7 +90,7 @@ def _forward_op(x: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 @torch.library.custom_op("chiar_megatron::bias_gelu_backward", mutates_args=())
 def _backward_op(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    """Gradients to x, and to the bias in float32 (without one: empty)."""
+    """Gradients to x and to the bias (without one: empty)."""
     grad, x = grad.contiguous(), x.contiguous()
     n, f = x.shape
     chunks, biased = min(CHUNKS, triton.cdiv(n, BACKWARD_ROWS)), bias is not None
@@ -99,7 +101,7 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> tuple[Tenso
         _backward_kernel[triton.cdiv(f, COLS), chunks](
             tensors, n, f, biased, BACKWARD_ROWS, COLS, num_warps=4
         )
-    return dx, sums.sum(0)
+    return dx, column_sums(sums, x.dtype if bias is None else bias.dtype)
 
 
 @_forward_op.register_fake
@@ -109,7 +111,7 @@ def _(x: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 @_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -123,4 +125,4 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         x, bias = ctx.saved_tensors
         dx, sums = _backward_op(grad, x, bias)
-        return dx, None if bias is None else sums.to(bias.dtype)
+        return dx, None if bias is None else sums

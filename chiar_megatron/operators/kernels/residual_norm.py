@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chiar_megatron.operators.kernels.column_sums import column_sums
+
 WIDEST = 16384  # elements of a token, padded to a power of two: one program holds them all
 # Programs where there are no multiprocessors: the interpreter's few blocks then share programs too.
 INTERPRETED_PROGRAMS = 3
@@ -238,8 +240,8 @@ def norm_forward(
 def norm_backward(
     grads: Sequence[Tensor], u: Tensor, source: Optional[Source], norms: list[NormParameters]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du [N, H], the same as rows [R, H], and the sums [2 a norm and 1, H] in float32; grads: of one user of
-    the output or of two, contiguous."""
+    """du [N, H], the same as rows [R, H], and the sums [2 a norm and 1, H] in the parameters' dtype; grads:
+    of one user of the output or of two, contiguous."""
     du, first, last = torch.empty_like(u), norms[0], norms[-1]
     R = 0 if source is None else len(source.valid_R)
     rows = u.new_empty(R, u.shape[1])
@@ -257,7 +259,7 @@ def norm_backward(
             _flags(source, first, None, len(grads)),
             **options,
         )
-    return du, rows, sums.sum(0)
+    return du, rows, column_sums(sums, first.weight.dtype)
 
 
 def _flags(
@@ -305,8 +307,8 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_backward_op.register_fake
-def _(grads: Sequence[Tensor], u: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), u.new_empty(3, u.shape[1], dtype=torch.float32)
+def _(grads: Sequence[Tensor], u: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), weight.new_empty(3, u.shape[1])
 
 
 class _ResidualNorm(torch.autograd.Function):

@@ -96,12 +96,17 @@ def _(tensors: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
 
 @_backward_op.register_fake
 def _(
-    grads: Sequence[Tensor], tensors: Sequence[Tensor], places: Sequence[Tensor], *_: Any
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    places: Sequence[Tensor],
+    norms: Sequence[Optional[Tensor]],
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, width = tensors[0], tensors[0].shape[1]
-    by_filter = x.new_empty(width, dtype=torch.float32)
-    sums = x.new_empty(5, width, dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(len(places[2]), width), by_filter, sums
+    x, _, filters = tensors
+    width, weight = x.shape[1], norms[0]
+    assert weight is not None
+    sums = weight.new_empty(5, width)
+    return x.new_empty(x.shape), x.new_empty(len(places[2]), width), filters.new_empty(width), sums
 
 
 class _RoutedUpdate(torch.autograd.Function):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from chiar_megatron.operators.kernels.column_sums import column_sums
 from chiar_megatron.operators.kernels.spectral_kernels import backward_kernel, forward_kernel
 from chiar_megatron.operators.kernels.spectral_tables import dims_of, factorisation, tables_of
 
@@ -151,7 +152,7 @@ def mixing_backward_op(
     """Gradients of `spectral_mixing` to x [N, H] and w [H], each in its dtype, from grad [N, H]; rows of
     the first that are not in the subset mean nothing."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, mix_backward(_row_major(grad), x, w, (rows, count), dx, precision, tuning).to(w.dtype)
+    return dx, mix_backward(_row_major(grad), x, w, (rows, count), dx, precision, tuning)
 
 
 def mix(
@@ -181,7 +182,7 @@ def mix_backward(
     precision: str = "bf16",
     tuning: Optional[Sequence[int]] = None,
 ) -> Tensor:
-    """Writes the gradient to x into dx [N, H], contiguous; returns that to w, float32.
+    """Writes the gradient to x into dx [N, H], contiguous; returns that to w, in its dtype.
 
     subset: rows and their count, or None twice; other rows of dx stay as they are. dx may be grad itself:
     then the gradient is added to it.
@@ -196,7 +197,7 @@ def mix_backward(
             flags=(rows is not None, dx is grad),
             **launch.options,
         )
-    return partial.sum(0)
+    return column_sums(partial, w.dtype)
 
 
 class _Launch:

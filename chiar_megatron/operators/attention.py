@@ -24,7 +24,7 @@ from chiar_megatron.operators.context import ForwardContext, LayerCache
 from chiar_megatron.operators.context_parallel import HeadExchange, PartedRows
 from chiar_megatron.operators.parallel_linear import enter_tensor_parallel, parallel_linear
 from chiar_megatron.operators.parallel_rows import enter_rows, leave_rows
-from chiar_megatron.operators.rotary import RotaryEmbedding, split_and_rotate
+from chiar_megatron.operators.rotary import RotaryEmbedding, bias_for_split, split_and_rotate
 from chiar_megatron.operators.routed_attention import rotated_attention
 from chiar_megatron.operators.rows import TokenRows, take_rows
 
@@ -86,12 +86,12 @@ class SelfAttention(MegatronModule):
         light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
         each token's own, so that no row is empty). biased: False leaves the output's bias to the caller.
         """
-        grouped = self._by_group(parallel_linear(self.linear_qkv, x_BSH))
+        grouped, bias = self._queries_keys_values(x_BSH)
         offset, length = context.position_offset, grouped.shape[1]
         # A context-parallel rank holds the part of each sequence that begins here.
         first = offset if self.exchange is None else self.exchange.rank * length
         cos_S1D, sin_S1D = self.rotary.stretch(first, first + length, x_BSH.device)
-        query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D)
+        query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D, bias)
         query_BSND = query_BSGRD.flatten(2, 3)
         if self.exchange is not None:
             query_BSND, key_BSGD, value_BSGD = self.exchange.sequences(query_BSND, key_BSGD, value_BSGD)
@@ -175,10 +175,17 @@ class SelfAttention(MegatronModule):
             output_RND = self.exchange.own_rows(output_RND, parted)
         return F.linear(output_RND.flatten(1), self.linear_proj.weight, bias_H)
 
-    def _by_group(self, qkv_BSX: Tensor) -> Tensor:
-        """Megatron's layout: for each key-value group its query heads, one key, one value."""
-        b, s, _ = qkv_BSX.shape
-        return qkv_BSX.view(b, s, self.groups, self.per_group + 2, self.head_size)
+    def _queries_keys_values(self, x_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """In Megatron's layout: for each key-value group its query heads, one key, one value; and the bias
+        whose gradient is still to be taken (`bias_for_split`)."""
+        linear, bias = self.linear_qkv, None
+        if self.config.tensor_model_parallel_size == 1:
+            own_bias, bias = bias_for_split(x_BSH, linear.bias)
+            qkv_BSX = F.linear(x_BSH, linear.weight, own_bias)
+        else:
+            qkv_BSX = parallel_linear(linear, x_BSH)
+        shape = (self.groups, self.per_group + 2, self.head_size)
+        return qkv_BSX.unflatten(2, shape), bias
 
     def _part_of_qkv(self, part: slice) -> tuple[Tensor, Tensor | None]:
         """Weight `[rows, h]` and bias of the queries, or of the keys and values, of every group."""

@@ -157,8 +157,11 @@ class SelfAttention(MegatronModule):
         both are this context-parallel rank's, as is the output, while `rows` are those of all.
         """
         routed = key_KH is rows_RH
-        query_weight, query_bias = self._part_of_qkv(slice(0, self.per_group))
-        kv_weight, kv_bias = self._part_of_qkv(slice(self.per_group, self.per_group + 2))
+        own_bias, bias = self.linear_qkv.bias, None
+        if self.exchange is None:
+            own_bias, bias = bias_for_split(rows_RH, own_bias)
+        query_weight, query_bias = self._part_of_qkv(slice(0, self.per_group), own_bias)
+        kv_weight, kv_bias = self._part_of_qkv(slice(self.per_group, self.per_group + 2), own_bias)
         query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
         kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
         s = len(rows.has_row_N) // b
@@ -170,7 +173,7 @@ class SelfAttention(MegatronModule):
         of_keys = of_rows if routed else self.rotary.stretch(0, s, rows_RH.device)
         angles = tuple(table.squeeze(1) for table in (*of_rows, *of_keys))
         ranges = key_ranges(rows, b, s, context.document_ids_BS, routed)
-        output_RND = self._attend_rotated(query_RND, kv_KGYD, angles, ranges)
+        output_RND = self._attend_rotated(query_RND, kv_KGYD, angles, ranges, bias)
         if self.exchange is not None and parted is not None:
             output_RND = self.exchange.own_rows(output_RND, parted)
         return F.linear(output_RND.flatten(1), self.linear_proj.weight, bias_H)
@@ -187,19 +190,20 @@ class SelfAttention(MegatronModule):
         shape = (self.groups, self.per_group + 2, self.head_size)
         return qkv_BSX.unflatten(2, shape), bias
 
-    def _part_of_qkv(self, part: slice) -> tuple[Tensor, Tensor | None]:
+    def _part_of_qkv(self, part: slice, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight `[rows, h]` and bias of the queries, or of the keys and values, of every group."""
         shape = (self.groups, self.per_group + 2, self.head_size)
-        weight, bias = self.linear_qkv.weight, self.linear_qkv.bias
-        part_weight = weight.unflatten(0, shape)[:, part].flatten(0, 2)
+        part_weight = self.linear_qkv.weight.unflatten(0, shape)[:, part].flatten(0, 2)
         return part_weight, None if bias is None else bias.unflatten(0, shape)[:, part].flatten()
 
-    def _attend_rotated(self, query_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any) -> Tensor:
+    def _attend_rotated(
+        self, query_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any, bias: Tensor | None
+    ) -> Tensor:
         dropout = self.config.attention_dropout if self.training else 0.0
         if not self._drops_own_heads():
-            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout)
+            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout, bias)
         with get_cuda_rng_tracker().fork():
-            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout)
+            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout, bias)
 
     def _attend(
         self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor | None

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from chiar_megatron.operators.kernels.bias_gelu import bias_gelu
 from chiar_megatron.operators.kernels.cross_entropy import cross_entropy
 from chiar_megatron.operators.kernels.residual_norm import NormParameters, residual_norm
-from chiar_megatron.operators.kernels.rotary import split_and_rotate
+from chiar_megatron.operators.kernels.rotary import join_rotated_back, split_and_rotate
 from chiar_megatron.operators.kernels.rotated_attention import Angles, rotated_attention
 from chiar_megatron.operators.kernels.routed_update import UpdateParameters, routed_update
 from chiar_megatron.operators.kernels.select_rows import select_rows
@@ -75,12 +75,16 @@ def check_launcher(kernel: Any) -> None:
 
 
 def attention(size: int) -> None:
-    """Of one head size, with its rotation, forward and backward."""
+    """Of one head size, with its rotation and a bias, forward and backward."""
     angles = Angles(*(torch.empty(length, size // 2) for length in (ROWS, ROWS, SEQUENCE, SEQUENCE)))
     ranges = (torch.zeros(ROWS, dtype=torch.int32), torch.zeros(ROWS, dtype=torch.int32))
-    out = rotated_attention(memory(ROWS, HEADS, size), memory(TOKENS, HEADS, 2, size), angles, ranges)
-    out.sum().backward()
-    split_and_rotate(memory(2, SEQUENCE, HEADS, 3, size), *angles[2:])
+    q, kv, bias = memory(ROWS, HEADS, size), memory(TOKENS, HEADS, 2, size), memory(HEADS * 3 * size)
+    rotated_attention(q, kv, angles, ranges, bias=bias).sum().backward()
+    parts = (
+        *split_and_rotate(memory(2, SEQUENCE, HEADS, 3, size), *angles[2:]),
+        memory(2, SEQUENCE, HEADS, size),
+    )
+    join_rotated_back((parts[0], parts[1], parts[2]), *angles[2:], bias)
 
 
 def tokens() -> None:

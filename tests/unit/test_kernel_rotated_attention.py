@@ -39,6 +39,12 @@ def test_values_and_gradients(b, s, n, g, d, routed):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     found, expected = (torch.autograd.grad(out, (q, kv), grad) for out in (found, expected))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    bias = torch.zeros((n + 2 * g) * d, requires_grad=True)
+    out = kernel.rotated_attention(q, kv, kernel.Angles(*angles), ranges, bias=bias)
+    dq, dkv, of_bias = torch.autograd.grad(out, (q, kv, bias), grad)
+    assert torch.equal(dq, found[0]) and torch.equal(dkv, found[1])
+    by_group = torch.cat((dq.sum(0).view(g, -1), dkv.sum(0).view(g, -1)), dim=1)
+    torch.testing.assert_close(of_bias, by_group.flatten(), atol=5e-5, rtol=1e-5)
 
 
 def both(angle):
@@ -54,7 +60,8 @@ def test_ops_keep_their_contract():
     saved = ops.rotated_attention(q, kv, ranges, angles, None, 0.0)
     for op, arguments in [
         (ops.rotated_attention, (q, kv, ranges, angles, None, 0.0)),
-        (ops.rotated_attention_backward, (q, kv, list(saved), ranges, angles, None, 0.0)),
+        (ops.rotated_attention_backward, (q, kv, list(saved), ranges, angles, None, 0.0, None)),
+        (ops.rotated_attention_backward, (q, kv, list(saved), ranges, angles, None, 0.0, torch.ones(32))),
     ]:
         results = torch.library.opcheck(op, arguments, test_utils=checks)
         assert set(results.values()) == {"SUCCESS"}, results

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from chiar_megatron.operators.kernels.column_sums import write_column_sums
 from chiar_megatron.operators.kernels.rotary import turn
 from chiar_megatron.operators.kernels.routed_attention import attend, gradients_of
+from chiar_megatron.operators.kernels.routed_attention_backward import After, space_for_sums
 from chiar_megatron.operators.kernels.routed_attention_tiles import per_row, turns_in_kernels
 
 KEY, VALUE = slice(0, 1), 1  # of the third dimension of keys and values
@@ -36,12 +38,14 @@ def rotated_attention(
     ranges: tuple[Tensor, Tensor],
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
 ) -> Tensor:
     """Attention `[R, n, d]` of query rows and keys before their rotation, as `routed_attention` has it.
 
-    kv_KGYD: `[K, g, 2, d]`, keys and values. ranges: first and last key of each row.
+    kv_KGYD: `[K, g, 2, d]`, keys and values. ranges: first and last key of each row. bias: see the plain
+    `rotated_attention`.
     """
-    out: Tensor = _RotatedAttention.apply(q_RND, kv_KGYD, dropout_p, seed, *ranges, *angles)  # type: ignore[no-untyped-call]
+    out: Tensor = _RotatedAttention.apply(q_RND, kv_KGYD, dropout_p, seed, bias, *ranges, *angles)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -89,24 +93,37 @@ def _backward_op(
     angles: list[Tensor],
     seed: Optional[Tensor],
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of q and kv; saved: what the forward pass returned."""
+    bias: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, kv and the bias (without one: empty); saved: what the forward pass returned."""
     out, lse, turned_q, turned_k = saved
-    dq = torch.empty(turned_q.shape, dtype=kv.dtype, device=kv.device)
-    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    dq, dkv, of_bias = _empty_gradients(grad, kv, bias)
     inputs = [turned_q, turned_k, kv[:, :, VALUE], *ranges, out, lse]
-    tables = [table.contiguous() for table in angles]
-    cos_R, sin_R, cos_K, sin_K = tables
-    within = turns_in_kernels(dq.shape[-1])
-    gradients_of(
-        grad, inputs, seed, dropout_p, (dq, dkv[:, :, 0], dkv[:, :, VALUE]), tables if within else None
-    )
-    if within:
-        return dq, dkv
-    turn(_rows(dq), _rows(dq), cos_R, sin_R, -1.0)
-    if kv.numel():
-        turn(_sequences(dkv, cos_K), _sequences(dkv, cos_K), cos_K, sin_K, -1.0)
-    return dq, dkv
+    cos_R, sin_R, cos_K, sin_K = (table.contiguous() for table in angles)
+    outputs, row_sums, key_sums = (dq, dkv[:, :, 0], dkv[:, :, VALUE]), None, None
+    if turns_in_kernels(dq.shape[-1]):
+        if bias is not None:
+            row_sums, key_sums = space_for_sums(turned_q, turned_k)
+        after = After((cos_R, sin_R), (cos_K, sin_K), row_sums, key_sums)
+        gradients_of(grad, inputs, seed, dropout_p, outputs, after)
+    else:
+        gradients_of(grad, inputs, seed, dropout_p, outputs)
+        turn(_rows(dq), _rows(dq), cos_R, sin_R, -1.0)
+        if kv.numel():
+            turn(_sequences(dkv, cos_K), _sequences(dkv, cos_K), cos_K, sin_K, -1.0)
+        if bias is not None:
+            row_sums, key_sums = dq.float(), dkv.float()
+    if row_sums is not None and key_sums is not None:
+        _write_bias_gradient(of_bias, row_sums, key_sums)
+    return dq, dkv, of_bias
+
+
+def _write_bias_gradient(of_bias: Tensor, row_sums: Tensor, key_sums: Tensor) -> None:
+    """In Megatron's layout, from float32 gradients of queries [*, n, d], of keys and values [*, g, 2, d]."""
+    (n, d), g = row_sums.shape[1:], key_sums.shape[1]
+    by_group = of_bias.view(g, -1)
+    write_column_sums(row_sums, by_group[:, : n // g * d])
+    write_column_sums(key_sums, by_group[:, n // g * d :])
 
 
 def _empty(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,25 +137,45 @@ def _(q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dq = torch.empty(grad.shape, dtype=kv.dtype, device=kv.device)
-    return dq, torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+def _(
+    grad: Tensor,
+    kv: Tensor,
+    saved: list[Tensor],
+    ranges: list[Tensor],
+    angles: list[Tensor],
+    seed: Optional[Tensor],
+    dropout_p: float,
+    bias: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(grad, kv, bias)
+
+
+def _empty_gradients(grad: Tensor, kv: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    options: dict[str, Any] = {"dtype": kv.dtype, "device": kv.device}
+    of_bias = torch.empty(0, **options) if bias is None else bias.new_empty(bias.shape)
+    return torch.empty(grad.shape, **options), torch.empty(kv.shape, **options), of_bias
 
 
 class _RotatedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, kv: Tensor, dropout_p: float, seed: Optional[Tensor], *tables: Tensor
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        dropout_p: float,
+        seed: Optional[Tensor],
+        bias: Optional[Tensor],
+        *tables: Tensor,
     ) -> Tensor:
         ranges, angles = list(tables[:2]), list(tables[2:])
         out, *rest = _forward_op(q, kv, ranges, angles, seed, dropout_p)
-        ctx.save_for_backward(kv, out, *rest, *tables, seed)
+        ctx.save_for_backward(kv, out, *rest, *tables, seed, bias)
         ctx.dropout_p = dropout_p
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-        kv, *rest, seed = ctx.saved_tensors
+        kv, *rest, seed, bias = ctx.saved_tensors
         saved, ranges, angles = rest[:4], rest[4:6], rest[6:]
-        dq, dkv = _backward_op(grad, kv, saved, ranges, angles, seed, ctx.dropout_p)
-        return dq, dkv, *[None] * 8
+        dq, dkv, of_bias = _backward_op(grad, kv, saved, ranges, angles, seed, ctx.dropout_p, bias)
+        return dq, dkv, None, None, None if bias is None else of_bias, *[None] * 6

@@ -12,7 +12,6 @@ with or without document boundaries. Work grows with the number of query rows, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chiar_megatron.operators.kernels.routed_attention_backward import Saved, gradients
+from chiar_megatron.operators.kernels.routed_attention_backward import After, Saved, gradients
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     dropout_numbers,
     inner_range,
@@ -225,13 +224,13 @@ def gradients_of(
     seed: Tensor | None,
     dropout_p: float,
     out: tuple[Tensor, ...],
-    angles: Sequence[Tensor] | None = None,
+    after: After | None = None,
 ) -> None:
-    """Writes those of q, k and v into `out`, whose strides are for `gradients` to say, as are the angles;
-    saved: what `attend` took and gave."""
+    """Writes those of q, k and v into `out`, whose strides are for `gradients` to say; saved: what `attend`
+    took and gave."""
     q, k, v, *rest = saved
     q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
-    gradients(grad, Saved(q, k, v, *rest), seed, dropout_numbers(dropout_p), out, angles)
+    gradients(grad, Saved(q, k, v, *rest), seed, dropout_numbers(dropout_p), out, after)
 
 
 _LIBRARY = "chiar_megatron"

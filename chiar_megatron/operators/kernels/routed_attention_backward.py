@@ -12,9 +12,9 @@ them rows): forward and backward 1.246 ms against 1.108 ms, and its order of sum
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,35 +51,58 @@ class Saved(NamedTuple):
     lse: Tensor
 
 
+class After(NamedTuple):
+    """What becomes of gradients before they are written; d by `turns_in_kernels`.
+
+    of_rows, of_keys: cos and sin, contiguous float32 [*, d/2], of the rows, and of the keys or one sequence
+    of them, by which the gradients of q and k are rotated back. row_sums, key_sums: None, or where to add up
+    each block's gradients, [blocks, n, d], and [blocks, g, 2, d] of keys and values, by `space_for_sums`.
+    """
+
+    of_rows: tuple[Tensor, Tensor]
+    of_keys: tuple[Tensor, Tensor]
+    row_sums: Tensor | None
+    key_sums: Tensor | None
+
+
+def space_for_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of `After`."""
+    (R, n, d), (K, g, _) = q.shape, k.shape
+    rows = triton.cdiv(R, tuning_of("query_grad", q).block_q)
+    keys = triton.cdiv(K, tuning_of("key_grad", q).block_k)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    return torch.empty(rows, n, d, **options), torch.empty(keys, g, 2, d, **options)
+
+
 def gradients(
     grad: Tensor,
     saved: Saved,
     seed: Tensor | None,
     dropout: tuple[int, float],
     out: tuple[Tensor, ...],
-    angles: Sequence[Tensor] | None = None,
+    after: After | None = None,
 ) -> None:
     """Writes the gradients of q, k and v, for the gradient `grad` [R, n, d] of the output, into `out`: that
     of q contiguous, those of k and v with the same strides, the last of them 1.
 
-    dropout: what `dropout_numbers` says of its probability; it counts where there is a seed. angles: cos and
-    sin, contiguous float32, of the rows [R, d/2], then of the keys or of one sequence of them, by which to
-    rotate the gradients of q and k back (d by `turns_in_kernels`).
+    dropout: what `dropout_numbers` says of its probability; it counts where there is a seed.
     """
     q, k = saved.q, saved.k
     R, n, d = q.shape
     saved = saved._replace(first=saved.first.contiguous(), last=saved.last.contiguous())
     dq, dk, dv = out
     if q.numel() == 0 or k.numel() == 0:
-        for empty in out:
-            empty.zero_()
+        sums = () if after is None else after[2:]
+        for empty in (*out, *sums):
+            if empty is not None:
+                empty.zero_()
         return
     ranges, block_k = (saved.first, saved.last), tuning_of("key_grad", q).block_k
     delta, bounds = prepare(grad, saved.out, ranges, len(k), block_k)
     shared = (grad, saved, delta, seed, (score_scale(d), *dropout))
-    of_rows, of_keys = (None, None) if angles is None else (tuple(angles[:2]), tuple(angles[2:]))
-    _query_gradient(*shared, dq, of_rows)
-    _key_gradient(*shared, bounds, (dk, dv), of_keys)
+    none = (None, None, None)
+    _query_gradient(*shared, dq, none if after is None else (*after.of_rows, after.row_sums))
+    _key_gradient(*shared, bounds, (dk, dv), none if after is None else (*after.of_keys, after.key_sums))
 
 
 def _strides(grad: Tensor, saved: Saved) -> tuple[int, ...]:
@@ -94,13 +117,12 @@ def _query_gradient(
     seed: Tensor | None,
     numbers: tuple[Any, ...],
     dq: Tensor,
-    angles: tuple[Tensor, ...] | None,
+    after: tuple[Tensor | None, ...],
 ) -> None:
     (R, n, d), g = saved.q.shape, saved.k.shape[1]
     tuning = tuning_of("query_grad", saved.q)
     _query_gradient_kernel[(triton.cdiv(R, tuning.block_q) * n,)](
-        (*saved[:5], grad, saved.lse, delta, seed, dq),
-        angles,
+        (*saved[:5], grad, saved.lse, delta, seed, dq, *after),
         *tuning.descriptors(saved.k, saved.v, tuning.block_k),
         _strides(grad, saved),
         (R, n, n // g),
@@ -117,28 +139,20 @@ def _key_gradient(
     numbers: tuple[Any, ...],
     bounds: Tensor,
     out: tuple[Tensor, Tensor],
-    angles: tuple[Tensor, ...] | None,
+    after: tuple[Tensor | None, ...],
 ) -> None:
     (R, n, d), (K, g, _) = saved.q.shape, saved.k.shape
     tuning = tuning_of("key_grad", saved.q)
     tiles = tuning.descriptors(saved.q, grad, tuning.block_q)
     lines = (None, None) if tiles[0] is None else line_descriptors(saved.lse, delta, tuning.block_q)
+    s = K if after[0] is None else len(after[0])
     _key_gradient_kernel[(triton.cdiv(K, tuning.block_k) * g,)](
+        (*saved[:5], grad, saved.lse, delta, seed, bounds, *out, *after),
         # Triton 3.6 takes no descriptors within tuples.
-        (
-            *saved[:5],
-            grad,
-            saved.lse,
-            delta,
-            seed,
-            bounds,
-            *out,
-            *((None, None) if angles is None else angles),
-        ),
         *tiles,
         *lines,
         (*_strides(grad, saved), *out[0].stride()[:2]),
-        (R, K, n, g, K if angles is None else len(angles[0]), *numbers),
+        (R, K, n, g, s, *numbers),
         **tuning.options(d),
     )
 
@@ -189,7 +203,6 @@ def _over_keys(
 @triton.jit
 def _query_gradient_kernel(
     tensors,
-    angles,
     k_tiles,
     v_tiles,
     strides,
@@ -202,7 +215,8 @@ def _query_gradient_kernel(
     BLOCK_K: tl.constexpr = BLOCKS[2]
     EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
-    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr = tensors
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
+    dq_ptr, cos_ptr, sin_ptr, sums_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
     R, heads, group = sizes
     scale, threshold, keep_scale = numbers
@@ -234,8 +248,10 @@ def _query_gradient_kernel(
         dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
     # Padding rows may have met gradients that are no numbers.
     dq = tl.where((first <= last)[:, None], dq * (scale * LN_2), 0.0)
-    if angles is not None:
-        dq = turned(dq, angles, row, row < R, -1.0, HEAD)
+    if cos_ptr is not None:
+        dq = turned(dq, (cos_ptr, sin_ptr), row, row < R, -1.0, HEAD)
+        if sums_ptr is not None:
+            tl.store(sums_ptr + (block * heads + head) * HEAD + tl.arange(0, HEAD), tl.sum(dq, 0))
     store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)
 
 
@@ -321,7 +337,7 @@ def _key_gradient_kernel(
     EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
-    bounds_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr = tensors[9:]
+    bounds_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, sums_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, out_row, out_head = strides
     R, K, heads, groups, s, scale, threshold, keep_scale = numbers
     # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
@@ -369,5 +385,9 @@ def _key_gradient_kernel(
     dk = dk * (scale * LN_2)
     if cos_ptr is not None:
         dk = turned(dk, (cos_ptr, sin_ptr), key % s, key < K, -1.0, HEAD)
+        if sums_ptr is not None:
+            sums = sums_ptr + (block * groups + kv_head) * (2 * HEAD) + tl.arange(0, HEAD)
+            tl.store(sums, tl.sum(dk, 0))
+            tl.store(sums + HEAD, tl.sum(dv, 0))
     store_tile(dk_ptr + kv_head * out_head, start, out_row, K, dk, HEAD)
     store_tile(dv_ptr + kv_head * out_head, start, out_row, K, dv, HEAD)

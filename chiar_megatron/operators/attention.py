@@ -160,8 +160,8 @@ class SelfAttention(MegatronModule):
         own_bias, bias = self.linear_qkv.bias, None
         if self.exchange is None:
             own_bias, bias = bias_for_split(rows_RH, own_bias)
-        query_weight, query_bias = self._part_of_qkv(slice(0, self.per_group), own_bias)
-        kv_weight, kv_bias = self._part_of_qkv(slice(self.per_group, self.per_group + 2), own_bias)
+        query_weight, kv_weight = self._queries_first(self.linear_qkv.weight)
+        query_bias, kv_bias = (None, None) if own_bias is None else self._queries_first(own_bias)
         query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
         kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
         s = len(rows.has_row_N) // b
@@ -190,11 +190,13 @@ class SelfAttention(MegatronModule):
         shape = (self.groups, self.per_group + 2, self.head_size)
         return qkv_BSX.unflatten(2, shape), bias
 
-    def _part_of_qkv(self, part: slice, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight `[rows, h]` and bias of the queries, or of the keys and values, of every group."""
+    def _queries_first(self, qkv_X: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a weight or bias in Megatron's layout: the queries' part, then that of keys and values; one copy."""
         shape = (self.groups, self.per_group + 2, self.head_size)
-        part_weight = self.linear_qkv.weight.unflatten(0, shape)[:, part].flatten(0, 2)
-        return part_weight, None if bias is None else bias.unflatten(0, shape)[:, part].flatten()
+        grouped = qkv_X.unflatten(0, shape)
+        parts = [x.flatten(0, 2) for x in grouped.split((self.per_group, 2), dim=1)]
+        query_X, kv_X = torch.cat(parts).split([len(part) for part in parts])
+        return query_X, kv_X
 
     def _attend_rotated(
         self, query_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any, bias: Tensor | None

@@ -24,6 +24,7 @@ from chiar_megatron.operators.context import ForwardContext, LayerCache
 from chiar_megatron.operators.context_parallel import HeadExchange, PartedRows
 from chiar_megatron.operators.parallel_linear import enter_tensor_parallel, parallel_linear
 from chiar_megatron.operators.parallel_rows import enter_rows, leave_rows
+from chiar_megatron.operators.residual_linear import linear_and_input, rows_keys_and_input
 from chiar_megatron.operators.rotary import RotaryEmbedding, bias_for_split, split_and_rotate
 from chiar_megatron.operators.routed_attention import rotated_attention
 from chiar_megatron.operators.rows import TokenRows, take_rows
@@ -86,11 +87,46 @@ class SelfAttention(MegatronModule):
         light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
         each token's own, so that no row is empty). biased: False leaves the output's bias to the caller.
         """
-        grouped, bias = self._queries_keys_values(x_BSH)
+        own_bias, bias = self._biases(x_BSH)
+        qkv_BSX = self._project(x_BSH, own_bias)
+        return self._attend_tokens(qkv_BSX, bias, context, light_BS, biased)
+
+    def beside_residual(
+        self, x_BSH: Tensor, context: ForwardContext, biased: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and x for the residual sum with it, whose norm gives both their gradient at once (see
+        `residual_linear`)."""
+        own_bias, bias = self._biases(x_BSH)
+        if self.config.tensor_model_parallel_size == 1:
+            qkv_BSX, x_BSH = linear_and_input(x_BSH, self.linear_qkv.weight, own_bias)
+        else:
+            qkv_BSX = self._project(x_BSH, own_bias)
+        return self._attend_tokens(qkv_BSX, bias, context, None, biased), x_BSH
+
+    def _biases(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of `linear_qkv`: as its product adds it, and as what comes after takes its gradient."""
+        bias = self.linear_qkv.bias
+        alone = self.config.tensor_model_parallel_size == 1
+        return bias_for_split(x, bias) if alone else (bias, None)
+
+    def _project(self, x_BSH: Tensor, bias: Tensor | None) -> Tensor:
+        if self.config.tensor_model_parallel_size == 1:
+            return F.linear(x_BSH, self.linear_qkv.weight, bias)
+        return parallel_linear(self.linear_qkv, x_BSH)
+
+    def _attend_tokens(
+        self,
+        qkv_BSX: Tensor,
+        bias: Tensor | None,
+        context: ForwardContext,
+        light_BS: Tensor | None,
+        biased: bool,
+    ) -> Tensor:
+        grouped = qkv_BSX.unflatten(2, (self.groups, self.per_group + 2, self.head_size))
         offset, length = context.position_offset, grouped.shape[1]
         # A context-parallel rank holds the part of each sequence that begins here.
         first = offset if self.exchange is None else self.exchange.rank * length
-        cos_S1D, sin_S1D = self.rotary.stretch(first, first + length, x_BSH.device)
+        cos_S1D, sin_S1D = self.rotary.stretch(first, first + length, qkv_BSX.device)
         query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D, bias)
         query_BSND = query_BSGRD.flatten(2, 3)
         if self.exchange is not None:
@@ -129,16 +165,19 @@ class SelfAttention(MegatronModule):
         out_BSH = leave_rows(self.config, self.tp_group, partial_RH, own, b)
         return out_BSH if bias is None or own_bias is not None else out_BSH + bias
 
-    def attend_rows(
+    def rows_beside_residual(
         self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool, biased: bool
-    ) -> Tensor:
-        """The rows `[R, h]` of `forward_rows` where one process has all tokens and heads. biased: with the
-        output's bias."""
-        tokens_NH = x_BSH.flatten(0, 1)
-        rows_RH = take_rows(tokens_NH, rows)
-        bias = self.linear_proj.bias if biased else None
-        key_KH = rows_RH if routed else tokens_NH
-        return self._project_and_attend(rows_RH, key_KH, rows, x_BSH.shape[0], context, bias)
+    ) -> tuple[Tensor, Tensor]:
+        """The rows `[R, h]` of `forward_rows` where one process has all tokens and heads, and the tokens
+        `[N, h]` for the residual sum, as in `beside_residual`; by kernels. biased: with the output's bias."""
+        x_NH = x_BSH.flatten(0, 1)
+        for_queries, for_keys, bias = self._parted_projections(x_NH)
+        of_tokens = (None, None) if routed else for_keys
+        rows_RH, all_KX, x_NH = rows_keys_and_input(x_NH, rows, *of_tokens)
+        kv_KX = F.linear(rows_RH, *for_keys) if all_KX is None else all_KX
+        projected = self._by_head(F.linear(rows_RH, *for_queries), kv_KX)
+        output_RX = self._attend_rows(*projected, rows, (x_BSH.shape[0], routed), context, bias)
+        return F.linear(output_RX, self.linear_proj.weight, self.linear_proj.bias if biased else None), x_NH
 
     def _project_and_attend(
         self,
@@ -157,41 +196,53 @@ class SelfAttention(MegatronModule):
         both are this context-parallel rank's, as is the output, while `rows` are those of all.
         """
         routed = key_KH is rows_RH
-        own_bias, bias = self.linear_qkv.bias, None
-        if self.exchange is None:
-            own_bias, bias = bias_for_split(rows_RH, own_bias)
-        query_weight, kv_weight = self._queries_first(self.linear_qkv.weight)
-        query_bias, kv_bias = (None, None) if own_bias is None else self._queries_first(own_bias)
-        query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
-        kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
-        s = len(rows.has_row_N) // b
+        for_queries, for_keys, bias = self._parted_projections(rows_RH)
+        query_RND, kv_KGYD = self._by_head(F.linear(rows_RH, *for_queries), F.linear(key_KH, *for_keys))
         if self.exchange is not None and parted is not None:
             query_RND = self.exchange.rows(query_RND, parted)
             kv_KGYD = self.exchange.keys_and_values(kv_KGYD, b, parted if routed else None)
-        position_R = rows.index_R % s
-        of_rows = self.rotary(position_R, s)
-        of_keys = of_rows if routed else self.rotary.stretch(0, s, rows_RH.device)
-        angles = tuple(table.squeeze(1) for table in (*of_rows, *of_keys))
-        ranges = key_ranges(rows, b, s, context.document_ids_BS, routed)
-        output_RND = self._attend_rotated(query_RND, kv_KGYD, angles, ranges, bias)
+        output_RX = self._attend_rows(query_RND, kv_KGYD, rows, (b, routed), context, bias)
         if self.exchange is not None and parted is not None:
-            output_RND = self.exchange.own_rows(output_RND, parted)
-        return F.linear(output_RND.flatten(1), self.linear_proj.weight, bias_H)
+            output_RND = output_RX.unflatten(1, (-1, self.head_size))
+            output_RX = self.exchange.own_rows(output_RND, parted).flatten(1)
+        return F.linear(output_RX, self.linear_proj.weight, bias_H)
 
-    def _queries_keys_values(self, x_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """In Megatron's layout: for each key-value group its query heads, one key, one value; and the bias
-        whose gradient is still to be taken (`bias_for_split`)."""
-        linear, bias = self.linear_qkv, None
-        if self.config.tensor_model_parallel_size == 1:
-            own_bias, bias = bias_for_split(x_BSH, linear.bias)
-            qkv_BSX = F.linear(x_BSH, linear.weight, own_bias)
+    def _parted_projections(self, rows_RH: Tensor) -> tuple[Any, Any, Tensor | None]:
+        """Weight and bias that make queries, those that make keys and values, and the bias of both whose
+        gradient comes from the attention behind them (`bias_for_split`)."""
+        own_bias, bias = self.linear_qkv.bias, None
+        if self.exchange is None:
+            own_bias, bias = bias_for_split(rows_RH, own_bias)
+        weights = self._queries_first(self.linear_qkv.weight)
+        biases = (None, None) if own_bias is None else self._queries_first(own_bias)
+        return (weights[0], biases[0]), (weights[1], biases[1]), bias
+
+    def _by_head(self, query_RX: Tensor, kv_KX: Tensor) -> tuple[Tensor, Tensor]:
+        query_RND = query_RX.unflatten(1, (self.heads, self.head_size))
+        return query_RND, kv_KX.unflatten(1, (self.groups, 2, self.head_size))
+
+    def _attend_rows(
+        self,
+        query_RND: Tensor,
+        kv_KGYD: Tensor,
+        rows: TokenRows,
+        layout: tuple[int, bool],
+        context: ForwardContext,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Outputs `[R, n·d]` of all rows; layout: sequences, and whether keys are the rows' alone."""
+        b, routed = layout
+        s = len(rows.has_row_N) // b
+        if routed:
+            of_keys = self.rotary(rows.index_R % s, s)
         else:
-            qkv_BSX = parallel_linear(linear, x_BSH)
-        shape = (self.groups, self.per_group + 2, self.head_size)
-        return qkv_BSX.unflatten(2, shape), bias
+            of_keys = self.rotary.stretch(0, s, query_RND.device)
+        angles = (of_keys[0].squeeze(1), of_keys[1].squeeze(1))
+        ranges = key_ranges(rows, b, s, context.document_ids_BS, routed)
+        return self._attend_rotated(query_RND, kv_KGYD, angles, ranges, bias).flatten(1)
 
     def _queries_first(self, qkv_X: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a weight or bias in Megatron's layout: the queries' part, then that of keys and values; one copy."""
+        """A weight or bias in Megatron's layout as the queries' part and that of keys and values: a copy."""
         shape = (self.groups, self.per_group + 2, self.head_size)
         grouped = qkv_X.unflatten(0, shape)
         parts = [x.flatten(0, 2) for x in grouped.split((self.per_group, 2), dim=1)]

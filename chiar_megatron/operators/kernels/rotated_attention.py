@@ -7,7 +7,7 @@ of their own took 0.06 ms a layer on one H200, for 17,216 rows of 32,768 tokens,
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -21,20 +21,10 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import per_row, tur
 KEY, VALUE = slice(0, 1), 1  # of the third dimension of keys and values
 
 
-class Angles(NamedTuple):
-    """cos and sin `[x, d/2]` float32 of the rows, and of the keys: of all, or of one sequence's where all are
-    alike."""
-
-    cos_R: Tensor
-    sin_R: Tensor
-    cos_K: Tensor
-    sin_K: Tensor
-
-
 def rotated_attention(
     q_RND: Tensor,
     kv_KGYD: Tensor,
-    angles: Angles,
+    angles: tuple[Tensor, Tensor],
     ranges: tuple[Tensor, Tensor],
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,
@@ -42,8 +32,7 @@ def rotated_attention(
 ) -> Tensor:
     """Attention `[R, n, d]` of query rows and keys before their rotation, as `routed_attention` has it.
 
-    kv_KGYD: `[K, g, 2, d]`, keys and values. ranges: first and last key of each row. bias: see the plain
-    `rotated_attention`.
+    kv_KGYD: `[K, g, 2, d]`, keys and values. angles, bias: see the plain `rotated_attention`.
     """
     out: Tensor = _RotatedAttention.apply(q_RND, kv_KGYD, dropout_p, seed, bias, *ranges, *angles)  # type: ignore[no-untyped-call]
     return out
@@ -59,6 +48,12 @@ def _rows(q: Tensor) -> Tensor:
     return q[None, :, :, None]
 
 
+def _of_rows(cos: Tensor, sin: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles of rows: each one's last key's."""
+    place = last.clamp_min(0).long() % len(cos)
+    return cos[place], sin[place]
+
+
 @torch.library.custom_op("chiar_megatron::rotated_attention", mutates_args=())
 def _forward_op(
     q: Tensor,
@@ -70,16 +65,16 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, logsumexp, rotated queries and rotated keys [K, g, d]."""
     turned_q, turned_k = _empty(q, kv)
-    cos_R, sin_R, cos_K, sin_K = (table.contiguous() for table in angles)
+    cos, sin = (table.contiguous() for table in angles)
     if kv.numel():
-        keys = turned_k.unflatten(0, (-1, len(cos_K)))[:, :, :, None]
-        turn(_sequences(kv, cos_K), keys, cos_K, sin_K, 1.0)
+        keys = turned_k.unflatten(0, (-1, len(cos)))[:, :, :, None]
+        turn(_sequences(kv, cos), keys, cos, sin, 1.0)
     keys_values, (first, last) = (turned_k, kv[:, :, VALUE]), ranges
     if turns_in_kernels(q.shape[-1]):
-        turning = (cos_R, sin_R, turned_q)
+        turning = (cos, sin, turned_q)
         out, lse = attend(q, keys_values, (first, last), seed, dropout_p, turning)
     else:
-        turn(_rows(q), _rows(turned_q), cos_R, sin_R, 1.0)
+        turn(_rows(q), _rows(turned_q), *_of_rows(cos, sin, last), 1.0)
         out, lse = attend(turned_q, keys_values, (first, last), seed, dropout_p)
     return out, lse, turned_q, turned_k
 
@@ -99,18 +94,18 @@ def _backward_op(
     out, lse, turned_q, turned_k = saved
     dq, dkv, of_bias = _empty_gradients(grad, kv, bias)
     inputs = [turned_q, turned_k, kv[:, :, VALUE], *ranges, out, lse]
-    cos_R, sin_R, cos_K, sin_K = (table.contiguous() for table in angles)
+    cos, sin = (table.contiguous() for table in angles)
     outputs, row_sums, key_sums = (dq, dkv[:, :, 0], dkv[:, :, VALUE]), None, None
     if turns_in_kernels(dq.shape[-1]):
         if bias is not None:
             row_sums, key_sums = space_for_sums(turned_q, turned_k)
-        after = After((cos_R, sin_R), (cos_K, sin_K), row_sums, key_sums)
+        after = After((cos, sin), row_sums, key_sums)
         gradients_of(grad, inputs, seed, dropout_p, outputs, after)
     else:
         gradients_of(grad, inputs, seed, dropout_p, outputs)
-        turn(_rows(dq), _rows(dq), cos_R, sin_R, -1.0)
+        turn(_rows(dq), _rows(dq), *_of_rows(cos, sin, ranges[1]), -1.0)
         if kv.numel():
-            turn(_sequences(dkv, cos_K), _sequences(dkv, cos_K), cos_K, sin_K, -1.0)
+            turn(_sequences(dkv, cos), _sequences(dkv, cos), cos, sin, -1.0)
         if bias is not None:
             row_sums, key_sums = dq.float(), dkv.float()
     if row_sums is not None and key_sums is not None:
@@ -176,6 +171,6 @@ class _RotatedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
         kv, *rest, seed, bias = ctx.saved_tensors
-        saved, ranges, angles = rest[:4], rest[4:6], rest[6:]
+        saved, ranges, angles = rest[:4], rest[4:6], rest[6:8]
         dq, dkv, of_bias = _backward_op(grad, kv, saved, ranges, angles, seed, ctx.dropout_p, bias)
-        return dq, dkv, None, None, None if bias is None else of_bias, *[None] * 6
+        return dq, dkv, None, None, None if bias is None else of_bias, *[None] * 4

@@ -129,7 +129,7 @@ def _forward_kernel(
     numbers,
     BLOCKS: tl.constexpr,
 ):
-    """turning: rows' cos and sin, and where their rotated queries go; or None, if they are rotated."""
+    """turning: cos and sin, how many lines of them, and where rotated queries go; or None, if they are."""
     HEAD: tl.constexpr = BLOCKS[0]
     BLOCK_Q: tl.constexpr = BLOCKS[1]
     BLOCK_K: tl.constexpr = BLOCKS[2]
@@ -147,8 +147,9 @@ def _forward_kernel(
     first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, row, R)
     q = load_tile(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
     if turning is not None:
-        cos_ptr, sin_ptr, turned_ptr = turning
-        q = turned(q.to(tl.float32), (cos_ptr, sin_ptr), row, row < R, 1.0, HEAD).to(q.dtype)
+        cos_ptr, sin_ptr, lines, turned_ptr = turning
+        place = tl.maximum(last, 0) % lines
+        q = turned(q.to(tl.float32), (cos_ptr, sin_ptr), place, row < R, 1.0, HEAD).to(q.dtype)
         store_tile(turned_ptr + tl.cast(head, tl.int64) * HEAD, start, heads * HEAD, R, q, HEAD)
     rows = (q, row, first, last)
     extra = (scale, seed_ptr, head, threshold, keep_scale)
@@ -193,8 +194,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output [R, n, d] and logsumexp of the scores, to base 2, [n, R] float32 by `per_row`.
 
-    turning: cos and sin [R, d/2] float32, contiguous, by which to rotate queries first (d by
-    `turns_in_kernels`), and where to write the rotated ones, [R, n, d] contiguous.
+    turning: cos and sin of the keys, or of one sequence of them, [*, d/2] float32, contiguous, by which to
+    rotate queries first, each as its last key (d by `turns_in_kernels`); and where to write the rotated ones,
+    [R, n, d] contiguous.
     """
     (k, v), (first, last) = kv, ranges
     (R, n, d), g = q.shape, k.shape[1]
@@ -208,7 +210,7 @@ def attend(
     threshold, keep_scale = dropout_numbers(dropout_p)
     _forward_kernel[(triton.cdiv(R, tuning.block_q) * n,)](
         (q, k, v, first, last, out, lse, seed),
-        turning,
+        None if turning is None else (*turning[:2], len(turning[0]), turning[2]),
         *tuning.descriptors(k, v, tuning.block_k),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         (R, n, n // g),

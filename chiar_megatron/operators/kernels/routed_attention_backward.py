@@ -54,13 +54,12 @@ class Saved(NamedTuple):
 class After(NamedTuple):
     """What becomes of gradients before they are written; d by `turns_in_kernels`.
 
-    of_rows, of_keys: cos and sin, contiguous float32 [*, d/2], of the rows, and of the keys or one sequence
-    of them, by which the gradients of q and k are rotated back. row_sums, key_sums: None, or where to add up
+    angles: cos and sin of the keys, or of one sequence of them, contiguous float32 [*, d/2], by which the
+    gradients of k, and of q as its last key, are rotated back. row_sums, key_sums: None, or where to add up
     each block's gradients, [blocks, n, d], and [blocks, g, 2, d] of keys and values, by `space_for_sums`.
     """
 
-    of_rows: tuple[Tensor, Tensor]
-    of_keys: tuple[Tensor, Tensor]
+    angles: tuple[Tensor, Tensor]
     row_sums: Tensor | None
     key_sums: Tensor | None
 
@@ -92,7 +91,7 @@ def gradients(
     saved = saved._replace(first=saved.first.contiguous(), last=saved.last.contiguous())
     dq, dk, dv = out
     if q.numel() == 0 or k.numel() == 0:
-        sums = () if after is None else after[2:]
+        sums = () if after is None else after[1:]
         for empty in (*out, *sums):
             if empty is not None:
                 empty.zero_()
@@ -101,8 +100,8 @@ def gradients(
     delta, bounds = prepare(grad, saved.out, ranges, len(k), block_k)
     shared = (grad, saved, delta, seed, (score_scale(d), *dropout))
     none = (None, None, None)
-    _query_gradient(*shared, dq, none if after is None else (*after.of_rows, after.row_sums))
-    _key_gradient(*shared, bounds, (dk, dv), none if after is None else (*after.of_keys, after.key_sums))
+    _query_gradient(*shared, dq, none if after is None else (*after.angles, after.row_sums))
+    _key_gradient(*shared, bounds, (dk, dv), none if after is None else (*after.angles, after.key_sums))
 
 
 def _strides(grad: Tensor, saved: Saved) -> tuple[int, ...]:
@@ -125,7 +124,7 @@ def _query_gradient(
         (*saved[:5], grad, saved.lse, delta, seed, dq, *after),
         *tuning.descriptors(saved.k, saved.v, tuning.block_k),
         _strides(grad, saved),
-        (R, n, n // g),
+        (R, n, n // g, len(saved.k) if after[0] is None else len(after[0])),
         numbers,
         **tuning.options(d),
     )
@@ -145,14 +144,14 @@ def _key_gradient(
     tuning = tuning_of("key_grad", saved.q)
     tiles = tuning.descriptors(saved.q, grad, tuning.block_q)
     lines = (None, None) if tiles[0] is None else line_descriptors(saved.lse, delta, tuning.block_q)
-    s = K if after[0] is None else len(after[0])
+    lines_of_angles = K if after[0] is None else len(after[0])
     _key_gradient_kernel[(triton.cdiv(K, tuning.block_k) * g,)](
         (*saved[:5], grad, saved.lse, delta, seed, bounds, *out, *after),
         # Triton 3.6 takes no descriptors within tuples.
         *tiles,
         *lines,
         (*_strides(grad, saved), *out[0].stride()[:2]),
-        (R, K, n, g, s, *numbers),
+        (R, K, n, g, lines_of_angles, *numbers),
         **tuning.options(d),
     )
 
@@ -218,7 +217,7 @@ def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
     dq_ptr, cos_ptr, sin_ptr, sums_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
-    R, heads, group = sizes
+    R, heads, group, lines = sizes
     scale, threshold, keep_scale = numbers
     # In the forward pass's order: late rows first.
     block = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
@@ -249,7 +248,8 @@ def _query_gradient_kernel(
     # Padding rows may have met gradients that are no numbers.
     dq = tl.where((first <= last)[:, None], dq * (scale * LN_2), 0.0)
     if cos_ptr is not None:
-        dq = turned(dq, (cos_ptr, sin_ptr), row, row < R, -1.0, HEAD)
+        place = tl.maximum(last, 0) % lines
+        dq = turned(dq, (cos_ptr, sin_ptr), place, row < R, -1.0, HEAD)
         if sums_ptr is not None:
             tl.store(sums_ptr + (block * heads + head) * HEAD + tl.arange(0, HEAD), tl.sum(dq, 0))
     store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)
@@ -339,7 +339,7 @@ def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
     bounds_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, sums_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, out_row, out_head = strides
-    R, K, heads, groups, s, scale, threshold, keep_scale = numbers
+    R, K, heads, groups, lines, scale, threshold, keep_scale = numbers
     # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
     blocks = tl.num_programs(0) // groups
     block = tl.program_id(0) // groups
@@ -384,7 +384,7 @@ def _key_gradient_kernel(
     dk, dv = state
     dk = dk * (scale * LN_2)
     if cos_ptr is not None:
-        dk = turned(dk, (cos_ptr, sin_ptr), key % s, key < K, -1.0, HEAD)
+        dk = turned(dk, (cos_ptr, sin_ptr), key % lines, key < K, -1.0, HEAD)
         if sums_ptr is not None:
             sums = sums_ptr + (block * groups + kv_head) * (2 * HEAD) + tl.arange(0, HEAD)
             tl.store(sums, tl.sum(dk, 0))

@@ -136,12 +136,10 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
 
     def _attended(self, x_BSH: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
         attention, norm = self.self_attention, self.input_layernorm
-        if self.model.norm == "pre":
+        if not self._norm_adds_bias(x_BSH):
             return self._residual(norm, x_BSH, lambda y_BSH: attention(y_BSH, context))
-        biased = not self._norm_adds_bias(x_BSH)
-        out_BSH, x_BSH = attention.beside_residual(x_BSH, context, biased=biased)
-        bias = None if biased else attention.linear_proj.bias
-        return add_and_norm(norm, x_BSH, out_BSH, bias, users=2)
+        out_BSH, x_BSH = attention.beside_residual(x_BSH, context)
+        return add_and_norm(norm, x_BSH, out_BSH, attention.linear_proj.bias, users=2)
 
     def _norm_adds_bias(self, x_BSH: Tensor) -> bool:
         """Whether linear layers leave their bias to the kernel of the norm behind them."""

@@ -87,32 +87,19 @@ class SelfAttention(MegatronModule):
         light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
         each token's own, so that no row is empty). biased: False leaves the output's bias to the caller.
         """
-        own_bias, bias = self._biases(x_BSH)
-        qkv_BSX = self._project(x_BSH, own_bias)
+        if self.config.tensor_model_parallel_size == 1:
+            own_bias, bias = bias_for_split(x_BSH, self.linear_qkv.bias)
+            qkv_BSX = F.linear(x_BSH, self.linear_qkv.weight, own_bias)
+        else:
+            qkv_BSX, bias = parallel_linear(self.linear_qkv, x_BSH), None
         return self._attend_tokens(qkv_BSX, bias, context, light_BS, biased)
 
-    def beside_residual(
-        self, x_BSH: Tensor, context: ForwardContext, biased: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, and x for the residual sum with it, whose norm gives both their gradient at once (see
-        `residual_linear`)."""
-        own_bias, bias = self._biases(x_BSH)
-        if self.config.tensor_model_parallel_size == 1:
-            qkv_BSX, x_BSH = linear_and_input(x_BSH, self.linear_qkv.weight, own_bias)
-        else:
-            qkv_BSX = self._project(x_BSH, own_bias)
-        return self._attend_tokens(qkv_BSX, bias, context, None, biased), x_BSH
-
-    def _biases(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of `linear_qkv`: as its product adds it, and as what comes after takes its gradient."""
-        bias = self.linear_qkv.bias
-        alone = self.config.tensor_model_parallel_size == 1
-        return bias_for_split(x, bias) if alone else (bias, None)
-
-    def _project(self, x_BSH: Tensor, bias: Tensor | None) -> Tensor:
-        if self.config.tensor_model_parallel_size == 1:
-            return F.linear(x_BSH, self.linear_qkv.weight, bias)
-        return parallel_linear(self.linear_qkv, x_BSH)
+    def beside_residual(self, x_BSH: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """`forward` without the output's bias, and x for the residual sum with it, whose kernel gives
+        both their gradient at once (`residual_linear`); one process has all heads."""
+        own_bias, bias = bias_for_split(x_BSH, self.linear_qkv.bias)
+        qkv_BSX, x_BSH = linear_and_input(x_BSH, self.linear_qkv.weight, own_bias)
+        return self._attend_tokens(qkv_BSX, bias, context, None, biased=False), x_BSH
 
     def _attend_tokens(
         self,
@@ -168,8 +155,8 @@ class SelfAttention(MegatronModule):
     def rows_beside_residual(
         self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool, biased: bool
     ) -> tuple[Tensor, Tensor]:
-        """The rows `[R, h]` of `forward_rows` where one process has all tokens and heads, and the tokens
-        `[N, h]` for the residual sum, as in `beside_residual`; by kernels. biased: with the output's bias."""
+        """The rows `[R, h]` of `forward_rows`, and the tokens `[N, h]` for the residual sum, as in
+        `beside_residual`. biased: with the output's bias."""
         x_NH = x_BSH.flatten(0, 1)
         for_queries, for_keys, bias = self._parted_projections(x_NH)
         of_tokens = (None, None) if routed else for_keys
@@ -242,11 +229,13 @@ class SelfAttention(MegatronModule):
         return self._attend_rotated(query_RND, kv_KGYD, angles, ranges, bias).flatten(1)
 
     def _queries_first(self, qkv_X: Tensor) -> tuple[Tensor, Tensor]:
-        """A weight or bias in Megatron's layout as the queries' part and that of keys and values: a copy."""
-        shape = (self.groups, self.per_group + 2, self.head_size)
-        grouped = qkv_X.unflatten(0, shape)
-        parts = [x.flatten(0, 2) for x in grouped.split((self.per_group, 2), dim=1)]
-        query_X, kv_X = torch.cat(parts).split([len(part) for part in parts])
+        """Of a weight or bias in Megatron's layout the queries' part, and that of keys and values: one copy,
+        or none where a single group has them in this order already."""
+        if self.groups > 1:
+            grouped = qkv_X.unflatten(0, (self.groups, self.per_group + 2, self.head_size))
+            parts = grouped.split((self.per_group, 2), dim=1)
+            qkv_X = torch.cat([part.flatten(0, 2) for part in parts])
+        query_X, kv_X = qkv_X.split((self.heads * self.head_size, 2 * self.groups * self.head_size))
         return query_X, kv_X
 
     def _attend_rotated(

@@ -169,7 +169,7 @@ class ActivationModel:
         kept = self._rows(sizes, rows, rows if routed_keys else 1.0)
         if parallel.sequence_parallel and not routed_keys:
             kept += sizes.h * e  # all tokens, gathered for keys and values
-        kept += self._gate(token, compiled)
+        kept += self._gate(token)
         fused = holds_whole_layers(parallel) and e == 2 and has_fixed_rows(router)
         if self.config.model.norm == "pre":  # of both norms what is not cut into rows or gathered
             kept += token * (0 if routed_keys or parallel.sequence_parallel else 1) + _STATISTICS
@@ -181,19 +181,19 @@ class ActivationModel:
 
     def _all_operators(self, sizes: Sizes, token: float, compiled: bool) -> float:
         """Dense dispatch, soft and hard: each operator's sum before its norm; blends also their outputs,
-        which compiled code makes again, and the gate's float32 input."""
+        which compiled code makes again."""
         router = self.config.model.router
         operators = 3 if sizes.rbf else 2
         kept = self._attention(sizes) + operators * (token + _STATISTICS)
         if router.kind not in ("soft", "hard"):
-            return kept + self._gate(token, compiled)
+            return kept + self._gate(token)
         kept += 8 * token / self.element + (0 if compiled else operators * token)
         if sizes.rbf:
             kept += self._feed_forward(sizes, compiled) + token + 4 * sizes.rbf * 4
         return kept
 
-    def _gate(self, token: float, compiled: bool) -> float:
-        """Attention's output before its gate, and the score's input: float32, normalised."""
+    def _gate(self, token: float) -> float:
+        """Attention's output before its gate, and of the score two numbers a token."""
         if self.config.model.router.kind not in ("learned", "entropy_gated"):
             return 0.0
-        return token * (1 + (4 if compiled else 8) / self.element)
+        return token + 8

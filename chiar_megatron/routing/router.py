@@ -15,7 +15,8 @@ from torch import Tensor
 
 from chiar_megatron.config.schema import RouterConfig
 from chiar_megatron.operators.context import ForwardContext, sequence_shard
-from chiar_megatron.operators.linear import Float32Linear
+from chiar_megatron.operators.linear import Float32Linear, normalised_score
+from chiar_megatron.operators.rows import as_rows, from_rows
 from chiar_megatron.routing.balance import ThresholdController
 from chiar_megatron.routing.decision import ATTENTION, RBF, SPECTRAL, RouteDecision
 from chiar_megatron.routing.entropy import spectral_entropy, token_entropy
@@ -165,16 +166,17 @@ class RandomRouter(Router):
 
 
 class LinearScore(torch.nn.Module):
-    """s(x) = Linear(x / rms(x)), float32 `[..., h]` -> `[...]`: blind to the residual stream's growth."""
+    """s(x) = Linear(x / rms(x)), float32 `[x, y, h]` -> `[x, y]`: blind to the residual stream's growth."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.linear = Float32Linear(hidden_size, 1, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x_XYH: Tensor) -> Tensor:
         """float32 scores."""
-        x = F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
-        return self.linear(x).squeeze(-1)  # type: ignore[no-any-return]
+        rows_NH, swapped = as_rows(x_XYH)
+        score_N = normalised_score(rows_NH, self.linear.weight.squeeze(0), self.linear.bias.squeeze(0))
+        return from_rows(score_N, x_XYH, swapped)
 
 
 def build_router(

@@ -166,17 +166,19 @@ class RandomRouter(Router):
 
 
 class LinearScore(torch.nn.Module):
-    """s(x) = Linear(x / rms(x)), float32 `[x, y, h]` -> `[x, y]`: blind to the residual stream's growth."""
+    """s(x) = Linear(x / rms(x)), float32 `[..., h]` -> `[...]`: blind to the residual stream's growth."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.linear = Float32Linear(hidden_size, 1, dtype)
 
-    def forward(self, x_XYH: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """float32 scores."""
-        rows_NH, swapped = as_rows(x_XYH)
-        score_N = normalised_score(rows_NH, self.linear.weight.squeeze(0), self.linear.bias.squeeze(0))
-        return from_rows(score_N, x_XYH, swapped)
+        weight_H, bias = self.linear.weight.squeeze(0), self.linear.bias.squeeze(0)
+        if x.dim() != 3:
+            return normalised_score(x, weight_H, bias)
+        rows_NH, swapped = as_rows(x)  # in the order that tokens have in memory
+        return from_rows(normalised_score(rows_NH, weight_H, bias), x, swapped)
 
 
 def build_router(

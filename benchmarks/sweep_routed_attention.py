@@ -84,8 +84,8 @@ def runner(kernel, saved, grad):
     """A call of one kernel at the tuning in OVERRIDES; gradients rotate and add up, as in a layer."""
     if kernel == "forward":
         return lambda: fwd._forward_op(*saved[:5], None, 0.0)
-    numbers, ranges = (tiles.score_scale(D), 0, 1.0), (saved.first, saved.last)
-    delta, bounds = prepare(grad, saved.out, ranges, len(saved.k), tiles.tuning_of("key_grad", grad).block_k)
+    numbers = (tiles.score_scale(D), 0, 1.0)
+    delta, bounds = prepare(grad, saved.out, (saved.first, saved.last), len(saved.k))
     sums = bwd.space_for_sums(saved.q, saved.k)
     if kernel == "query_grad":
         dq = torch.empty(saved.q.shape, dtype=grad.dtype, device="cuda")

@@ -19,6 +19,7 @@ from torch import Tensor
 from chiar_megatron.operators.kernels.column_sums import column_sums
 
 BLOCK = 64  # tokens of one head at once
+SHARE_BLOCK, TILES = 32, 8  # the same where a program goes through several, one after the other
 
 
 def split_and_rotate(grouped: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,21 +78,80 @@ def _within(base, token, stride, col):
 
 
 @triton.jit
-def _rotary_kernel(
-    pointers, tables, source_strides, target_strides, sizes, sign, HALF: tl.constexpr, ROWS: tl.constexpr
-):
-    """From source to target, which may be the same."""
+def _turn_share(pointers, strides, tables, span, last_ptr, sign, turned, HALF: tl.constexpr,
+                ROWS: tl.constexpr):  # fmt: skip
+    """Rotate this program's share of the tokens of one head, from source to target, which may be the same;
+    both halves' sums over them, [ROWS, COLS] float32 each.
+
+    span: number of the share, of how many, tokens, tokens of a sequence, lines of tables. Angles are those of the token's place
+    in its sequence, or of the key that last_ptr gives it. turned: how many columns are, HALF or 0.
+    """
     source_ptr, target_ptr = pointers
-    source_b, source_s, source_g, source_r = source_strides
-    target_b, target_s, target_g, target_r = target_strides
-    s, groups, heads = sizes
-    batch, head, token, col, mask = _tile(s, groups * heads, HALF, ROWS)
-    group, member = head // heads, head % heads
-    source = source_ptr + batch * source_b + group * source_g + member * source_r
-    target = target_ptr + batch * target_b + group * target_g + member * target_r
-    cos, sin = _angles(tables, token, col, mask, HALF)
-    first, second = _turned(_within(source, token, source_s, col), mask, cos, sin * sign, HALF)
-    _store(_within(target, token, target_s, col), first, second, mask, HALF)
+    source_b, source_s, target_b, target_s = strides
+    cos_ptr, sin_ptr = tables
+    share, shares, tokens, s, lines = span
+    COLS: tl.constexpr = triton.next_power_of_2(HALF)
+    col = tl.arange(0, COLS)
+    first_sums = tl.zeros([ROWS, COLS], tl.float32)
+    second_sums = tl.zeros([ROWS, COLS], tl.float32)
+    for tile in range(share, tl.cdiv(tokens, ROWS), shares):
+        token = tile * ROWS + tl.arange(0, ROWS)
+        inside = token < tokens
+        mask = inside[:, None] & (col < HALF)[None, :]
+        batch, place = tl.cast(token // s, tl.int64), tl.cast(token % s, tl.int64)
+        turn = place
+        if last_ptr is not None:
+            turn = tl.cast(tl.maximum(tl.load(last_ptr + token, mask=inside, other=0), 0) % lines, tl.int64)
+        angle = turn[:, None] * HALF + col[None, :]
+        turning = inside[:, None] & (col < turned)[None, :]
+        cos = tl.load(cos_ptr + angle, mask=turning, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=turning, other=0.0) * sign
+        source = source_ptr + (batch * source_b + place * source_s)[:, None] + col[None, :]
+        target = target_ptr + (batch * target_b + place * target_s)[:, None] + col[None, :]
+        first, second = _turned(source, mask, cos, sin, HALF)
+        _store(target, first, second, mask, HALF)
+        first_sums += first
+        second_sums += second
+    return first_sums, second_sums
+
+
+@triton.jit
+def _store_sums(target, sums, HALF: tl.constexpr):
+    """Both halves' sums of a share, in a row."""
+    col = tl.arange(0, sums[0].shape[1])
+    _store(target + col, tl.sum(sums[0], 0), tl.sum(sums[1], 0), col < HALF, HALF)
+
+
+@triton.jit
+def _turn_kernel(rows, keys, tables, strides, sizes, sign, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """The first programs turn rows, the others keys."""
+    row_ptr, row_target, last_ptr = rows
+    key_ptr, key_target = keys
+    row_source_s, row_source_n, row_target_s, row_target_n = strides[:4]
+    key_source_s, key_source_g, key_target_s, key_target_g = strides[4:]
+    R, heads, K, groups, lines, row_shares, key_shares = sizes
+    of_rows = row_shares * heads
+    if tl.program_id(0) < of_rows:
+        share, head = tl.program_id(0) // heads, tl.cast(tl.program_id(0) % heads, tl.int64)
+        pointers = (row_ptr + head * row_source_n, row_target + head * row_target_n)
+        by_row = (0, row_source_s, 0, row_target_s)
+        span = (share, row_shares, R, R, lines)
+        _turn_share(pointers, by_row, tables, span, last_ptr, sign, HALF, HALF, ROWS)
+    else:
+        number = tl.program_id(0) - of_rows
+        share, group = number // groups, tl.cast(number % groups, tl.int64)
+        pointers = (key_ptr + group * key_source_g, key_target + group * key_target_g)
+        sequence = tl.cast(lines, tl.int64)
+        by_key = (sequence * key_source_s, key_source_s, sequence * key_target_s, key_target_s)
+        span = (share, key_shares, K, lines, lines)
+        _turn_share(pointers, by_key, tables, span, None, sign, HALF, HALF, ROWS)
+
+
+@triton.jit
+def _store_sums(target, sums, HALF: tl.constexpr):
+    """Both halves' sums of a share, in a row."""
+    col = tl.arange(0, sums[0].shape[1])
+    _store(target + col, tl.sum(sums[0], 0), tl.sum(sums[1], 0), col < HALF, HALF)
 
 
 @triton.jit
@@ -116,54 +176,65 @@ def _split_kernel(pointers, tables, strides, sizes, HALF: tl.constexpr, ROWS: tl
 
 @triton.jit
 def _join_kernel(pointers, tables, strides, sizes, HALF: tl.constexpr, ROWS: tl.constexpr):
-    """Gradients of queries and keys rotated back, of values as they are, side by side; and sums of the
-    tokens' where they are asked for."""
+    """Gradients of queries and keys rotated back, of values as they are, side by side; and sums of each
+    share's tokens where they are asked for."""
     query_ptr, key_ptr, value_ptr, joined_ptr, sums_ptr = pointers
     query_b, query_s, query_g, query_r, key_b, key_s, key_g, value_b, value_s, value_g = strides
-    s, groups, queries = sizes
-    heads = queries + 2
-    batch, head, token, col, mask = _tile(s, groups * heads, HALF, ROWS)
-    group, member = head // heads, head % heads
-    cos, sin = _angles(tables, token, col, mask, HALF)
+    tokens, s, groups, queries, shares = sizes
+    slots = queries + 2
+    heads = groups * slots
+    share, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    group, member = tl.cast(head // slots, tl.int64), head % slots
     if member < queries:
-        source = query_ptr + batch * query_b + group * query_g + member * query_r
-        stride = query_s
+        source = query_ptr + group * query_g + member * query_r
+        by_batch, by_token = tl.cast(query_b, tl.int64), tl.cast(query_s, tl.int64)
     elif member == queries:
-        source = key_ptr + batch * key_b + group * key_g
-        stride = key_s
+        source = key_ptr + group * key_g
+        by_batch, by_token = tl.cast(key_b, tl.int64), tl.cast(key_s, tl.int64)
     else:
-        source = value_ptr + batch * value_b + group * value_g
-        stride = value_s
-        cos, sin = tl.full(cos.shape, 1.0, tl.float32), tl.zeros(sin.shape, tl.float32)
-    first, second = _turned(_within(source, token, stride, col), mask, cos, -sin, HALF)
-    width = groups * heads * (2 * HALF)
-    target = joined_ptr + batch * s * width + head * (2 * HALF)
-    _store(_within(target, token, width, col), first, second, mask, HALF)
+        source = value_ptr + group * value_g
+        by_batch, by_token = tl.cast(value_b, tl.int64), tl.cast(value_s, tl.int64)
+    width = tl.cast(heads, tl.int64) * (2 * HALF)
+    span, turned = (share, shares, tokens, s, s), (HALF if member <= queries else 0)
+    ways = (by_batch, by_token, s * width, width)
+    there = (source, joined_ptr + head * (2 * HALF))
+    sums = _turn_share(there, ways, tables, span, None, -1.0, turned, HALF, ROWS)
     if sums_ptr is not None:
-        row = batch * tl.num_programs(0) + tl.program_id(0)
-        sums = sums_ptr + row * width + head * (2 * HALF) + col
-        _store(sums, tl.sum(first, 0), tl.sum(second, 0), col < HALF, HALF)
+        _store_sums(sums_ptr + share * width + head * (2 * HALF), sums, HALF)
 
 
-def turn(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
-    """Rotate source into target, which may be the same: `[b, s, g, r, d]`, any strides with a contiguous last
-    dimension. cos, sin: `[s, d/2]` float32. sign -1: back."""
-    if source.numel() == 0:
-        return
-    if source.stride(-1) != 1:
-        source = source.contiguous()
-    b, s, g, r, d = source.shape
-    _rotary_kernel[triton.cdiv(s, BLOCK), b * g * r](
-        (source, target),
-        (cos, sin),
-        source.stride()[:4],
-        target.stride()[:4],
-        (s, g, r),
-        sign,
-        d // 2,
-        BLOCK,
-        num_warps=4,
-    )
+def _shares(tokens: int) -> int:
+    return triton.cdiv(triton.cdiv(tokens, SHARE_BLOCK), TILES)  # type: ignore[no-any-return]
+
+
+def turn(
+    rows: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    last: Tensor,
+    tables: tuple[Tensor, Tensor],
+    sign: float,
+) -> None:
+    """Rotate rows `[R, n, d]`, each as its last key, and keys `[K, g, d]`, in one launch; sign -1: back.
+
+    rows, keys: source and target, which may be the same, with a contiguous last dimension. last: `[R]`, where
+    below 0 the row means nothing. tables: cos and sin of the keys, or of one sequence of them, contiguous
+    float32 `[*, d/2]`.
+    """
+    (R, n, d), (K, g, _) = rows[0].shape, keys[0].shape
+    shares = _shares(R), _shares(K)
+    programs = shares[0] * n + shares[1] * g
+    if programs:
+        _turn_kernel[(programs,)](
+            (*rows, last),
+            keys,
+            tables,
+            tuple(stride for x in (*rows, *keys) for stride in x.stride()[:2]),
+            (R, n, K, g, max(1, len(tables[0])), *shares),
+            sign,
+            d // 2,
+            SHARE_BLOCK,
+            num_warps=4,
+        )
 
 
 @torch.library.custom_op("chiar_megatron::split_and_rotate", mutates_args=())
@@ -208,17 +279,17 @@ def _join_op(
     joined, sums = _empty_join(grad_query, grad_key, bias)
     grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (grad_query, grad_key, grad_value)]
     b, s, g, r, d = grad_query.shape
-    blocks, partial = triton.cdiv(s, BLOCK), None
+    shares, partial = _shares(b * s), None
     if bias is not None:
-        partial = torch.empty(b * blocks, len(bias), dtype=torch.float32, device=joined.device)
+        partial = torch.empty(shares, len(bias), dtype=torch.float32, device=joined.device)
     if joined.numel():
-        _join_kernel[blocks, b * g * (r + 2)](
+        _join_kernel[(shares * g * (r + 2),)](
             (*grads, joined, partial),
             (cos.contiguous(), sin.contiguous()),
             (*grads[0].stride()[:4], *grads[1].stride()[:3], *grads[2].stride()[:3]),
-            (s, g, r),
+            (b * s, s, g, r, shares),
             d // 2,
-            BLOCK,
+            SHARE_BLOCK,
             num_warps=4,
         )
     return joined, sums if partial is None else column_sums(partial, sums.dtype)

@@ -33,7 +33,6 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     score_scale,
     store_tile,
     tuning_of,
-    turned,
 )
 
 
@@ -80,12 +79,12 @@ def _attend(
     """Online softmax of one block of rows over the keys start..stop-1.
 
     EDGE: 0 where every row of the block sees all of these keys, else the stages of a loop with masks. It is
-    -1 for a loop with masks outside [inner, outer) whose tiles come by descriptors: kv then has a descriptor
+    -1 for a loop with masks outside [mid, mid_stop) whose tiles come by descriptors: kv then has a descriptor
     and the head's number for each of k and v, instead of a pointer to the head and the stride of a row.
     """
     acc, top, total = state  # top: largest exponent so far; acc and total are relative to it
     k_base, k_step, v_base, v_step = kv
-    start, inner, outer, stop = span
+    start, mid, mid_stop, stop = span
     q, row, first, last = rows
     scale, seed_ptr, head, threshold, keep_scale = numbers
     TMA: tl.constexpr = EDGE < 0
@@ -97,10 +96,11 @@ def _attend(
             k = load_tile(k_base, at, k_step, stop, BLOCK_K, HEAD, EDGE > 0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         key = at + tl.arange(0, BLOCK_K)
-        if EDGE != 0:
-            if EDGE > 0 or at < inner or at >= outer:
-                seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
-                s = tl.where(seen, s, float("-inf"))
+        # Most tiles at an edge need one of both comparisons, which cost as much as the softmax.
+        if EDGE > 0 or (TMA and at < mid):
+            s = tl.where(key[None, :] >= first[:, None], s, float("-inf"))
+        if EDGE > 0 or (TMA and at + BLOCK_K > mid_stop):
+            s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
         # A row that has seen no key yet stays at -inf, and -inf - -inf is no number.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if EDGE != 0 else new_top
@@ -121,7 +121,6 @@ def _attend(
 @triton.jit
 def _forward_kernel(
     tensors,
-    turning,
     k_tiles,
     v_tiles,
     strides,
@@ -129,7 +128,6 @@ def _forward_kernel(
     numbers,
     BLOCKS: tl.constexpr,
 ):
-    """turning: cos and sin, how many lines of them, and where rotated queries go; or None, if they are."""
     HEAD: tl.constexpr = BLOCKS[0]
     BLOCK_Q: tl.constexpr = BLOCKS[1]
     BLOCK_K: tl.constexpr = BLOCKS[2]
@@ -144,29 +142,24 @@ def _forward_kernel(
     head = tl.program_id(0) % heads
     start = block * BLOCK_Q
     row = start + tl.arange(0, BLOCK_Q)
-    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, row, R)
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
     q = load_tile(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
-    if turning is not None:
-        cos_ptr, sin_ptr, lines, turned_ptr = turning
-        place = tl.maximum(last, 0) % lines
-        q = turned(q.to(tl.float32), (cos_ptr, sin_ptr), place, row < R, 1.0, HEAD).to(q.dtype)
-        store_tile(turned_ptr + tl.cast(head, tl.int64) * HEAD, start, heads * HEAD, R, q, HEAD)
     rows = (q, row, first, last)
     extra = (scale, seed_ptr, head, threshold, keep_scale)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    # Only the edges of the block's range need masks.
-    inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
     state = (acc, top, total)
     if k_tiles is not None:
         kv = (k_tiles, head // group, v_tiles, head // group)
-        span = (low, inner, outer, stop)
+        span = (low, mid, mid_stop, stop)
         state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, -1)
     else:
         k_base = k_ptr + tl.cast(head // group, tl.int64) * k_head
         v_base = v_ptr + tl.cast(head // group, tl.int64) * v_head
         kv = (k_base, k_row, v_base, v_row)
+        # Only the edges of the block's range need masks.
+        inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
         span = (low, low, inner, inner)
         state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, EDGE_STAGES)
         span = (inner, inner, outer, outer)
@@ -176,7 +169,7 @@ def _forward_kernel(
     acc, top, total = state
     # Padding rows may have met their neighbours' keys in the unmasked loop.
     valid = first <= last
-    acc = tl.where(valid[:, None], acc / tl.where(valid, total, 1.0)[:, None], 0.0)
+    acc = tl.where(valid[:, None], acc * (1.0 / tl.where(valid, total, 1.0))[:, None], 0.0)
     out_base = out_ptr + tl.cast(head, tl.int64) * HEAD
     store_tile(out_base, start, heads * HEAD, R, acc, HEAD)
     # An infinite logsumexp makes every probability of a padding row 0 in the backward pass.
@@ -190,14 +183,8 @@ def attend(
     ranges: tuple[Tensor, Tensor],
     seed: Tensor | None,
     dropout_p: float,
-    turning: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [R, n, d] and logsumexp of the scores, to base 2, [n, R] float32 by `per_row`.
-
-    turning: cos and sin of the keys, or of one sequence of them, [*, d/2] float32, contiguous, by which to
-    rotate queries first, each as its last key (d by `turns_in_kernels`); and where to write the rotated ones,
-    [R, n, d] contiguous.
-    """
+    """Output [R, n, d] and logsumexp of the scores, to base 2, [n, R] float32 by `per_row`."""
     (k, v), (first, last) = kv, ranges
     (R, n, d), g = q.shape, k.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -210,7 +197,6 @@ def attend(
     threshold, keep_scale = dropout_numbers(dropout_p)
     _forward_kernel[(triton.cdiv(R, tuning.block_q) * n,)](
         (q, k, v, first, last, out, lse, seed),
-        None if turning is None else (*turning[:2], len(turning[0]), turning[2]),
         *tuning.descriptors(k, v, tuning.block_k),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         (R, n, n // g),

@@ -96,8 +96,7 @@ def gradients(
             if empty is not None:
                 empty.zero_()
         return
-    ranges, block_k = (saved.first, saved.last), tuning_of("key_grad", q).block_k
-    delta, bounds = prepare(grad, saved.out, ranges, len(k), block_k)
+    delta, bounds = prepare(grad, saved.out, (saved.first, saved.last), len(k))
     shared = (grad, saved, delta, seed, (score_scale(d), *dropout))
     none = (None, None, None)
     _query_gradient(*shared, dq, none if after is None else (*after.angles, after.row_sums))
@@ -173,7 +172,7 @@ def _over_keys(
     """
     q, grad, lse, delta, row, first, last = rows
     k_base, k_step, v_base, v_step = kv
-    start, inner, outer, stop = span
+    start, mid, mid_stop, stop = span
     scale, seed_ptr, head, threshold, keep_scale = numbers
     TMA: tl.constexpr = EDGE < 0
     STAGES: tl.constexpr = EDGE if EDGE > 0 else None
@@ -187,10 +186,10 @@ def _over_keys(
         key = at + tl.arange(0, BLOCK_K)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        if EDGE != 0:
-            if EDGE > 0 or at < inner or at >= outer:
-                seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
-                s = tl.where(seen, s, float("-inf"))
+        if EDGE > 0 or (TMA and at < mid):
+            s = tl.where(key[None, :] >= first[:, None], s, float("-inf"))
+        if EDGE > 0 or (TMA and at + BLOCK_K > mid_stop):
+            s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
         p = tl.exp2(s * scale - lse[:, None])
         if seed_ptr is not None:
             dp = tl.where(kept(seed_ptr, head, row[:, None], key[None, :], threshold), dp * keep_scale, 0.0)
@@ -224,7 +223,7 @@ def _query_gradient_kernel(
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     start = block * BLOCK_Q
     row = start + tl.arange(0, BLOCK_Q)
-    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, row, R)
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
     q = load_tile(q_ptr + head * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
     grad = load_tile(grad_ptr + head * grad_head, start, grad_row, R, BLOCK_Q, HEAD, True)
     lse = tl.load(lse_ptr + line(head, R) + row, mask=row < R, other=float("inf"))
@@ -232,13 +231,13 @@ def _query_gradient_kernel(
     rows = (q, grad, lse, delta, row, first, last)
     extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
     if k_tiles is not None:
         kv_head = (head // group).to(tl.int32)
         kv = (k_tiles, kv_head, v_tiles, kv_head)
-        dq = _over_keys(dq, rows, kv, (low, inner, outer, stop), extra, HEAD, BLOCK_K, -1)
+        dq = _over_keys(dq, rows, kv, (low, mid, mid_stop, stop), extra, HEAD, BLOCK_K, -1)
     else:
         kv = (k_ptr + head // group * k_head, k_row, v_ptr + head // group * v_head, v_row)
+        inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
         span = (low, low, inner, inner)
         dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
         span = (inner, inner, outer, outer)
@@ -281,9 +280,9 @@ def _over_rows(
     EDGE as in `_over_keys`, only with rows; if it is -1, start and BLOCK_Q are multiples of 4.
     """
     dk, dv = state
-    k, v, key = kv
-    q_base, q_step, grad_base, grad_step, lse_base, delta_base, first_ptr, last_ptr = inputs
-    start, inner, outer, stop = span
+    k, v, begin, end, key = kv  # these keys are seen by the rows [begin, end)
+    q_base, q_step, grad_base, grad_step, lse_base, delta_base = inputs
+    start, mid, mid_stop, stop = span
     scale, seed_ptr, head, threshold, keep_scale = numbers
     TMA: tl.constexpr = EDGE < 0
     STAGES: tl.constexpr = EDGE if EDGE > 0 else None
@@ -301,12 +300,10 @@ def _over_rows(
             delta = load_numbers(delta_base, row, stop, 0.0, EDGE > 0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        if EDGE != 0:
-            if EDGE > 0 or at < inner or at >= outer:
-                first = load_numbers(first_ptr, row, stop, 1, EDGE > 0)
-                last = load_numbers(last_ptr, row, stop, 0, EDGE > 0)
-                seen = (key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :])
-                s = tl.where(seen, s, float("-inf"))
+        if EDGE > 0 or (TMA and at < mid):
+            s = tl.where(row[None, :] >= begin[:, None], s, float("-inf"))
+        if EDGE > 0 or (TMA and at + BLOCK_Q > mid_stop):
+            s = tl.where(row[None, :] < end[:, None], s, float("-inf"))
         p = tl.exp2(s * scale - lse[None, :])
         if seed_ptr is not None:
             keep = kept(seed_ptr, head, row[None, :], key[:, None], threshold)
@@ -348,33 +345,36 @@ def _key_gradient_kernel(
     key = start + tl.arange(0, BLOCK_K)
     k = load_tile(k_ptr + kv_head * k_head, start, k_row, K, BLOCK_K, HEAD, True)
     v = load_tile(v_ptr + kv_head * v_head, start, v_row, K, BLOCK_K, HEAD, True)
-    low = tl.load(bounds_ptr + block)
-    mid = tl.load(bounds_ptr + blocks + block)
-    mid_stop = tl.load(bounds_ptr + 2 * blocks + block)
-    stop = tl.load(bounds_ptr + 3 * blocks + block)
+    begin = tl.load(bounds_ptr + key, mask=key < K, other=R)
+    end = tl.load(bounds_ptr + K + key, mask=key < K, other=0)
+    # Both are sorted. Some key of the block is seen by the rows [low, stop), all are by [mid, mid_stop); those
+    # beyond the last by none.
+    low, mid_stop = tl.load(bounds_ptr + start), tl.load(bounds_ptr + K + start)
+    mid = tl.load(bounds_ptr + start + BLOCK_K - 1, mask=start + BLOCK_K <= K, other=R)
+    stop = tl.load(bounds_ptr + K + tl.minimum(start + BLOCK_K, K) - 1)
     if q_tiles is not None:
         low = low // 4 * 4  # so that the lines' pieces begin at multiples of 16 bytes
         full = low + tl.cdiv(stop - low, BLOCK_Q) * BLOCK_Q
         # Padding may hold anything: a tile that reaches into it comes by pointers, with masks.
-        if full > tl.load(bounds_ptr + 4 * blocks + block):
+        if full > tl.load(bounds_ptr + 2 * K):
             full = low + (stop - low) // BLOCK_Q * BLOCK_Q
-    inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_Q)
     state = (tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_D], tl.float32))
-    kv = (k, v, key)
+    kv = (k, v, begin, end, key)
     for member in tl.range(0, heads // groups):
         head = kv_head * (heads // groups) + member
         lse_base, delta_base = lse_ptr + line(head, R), delta_ptr + line(head, R)
         q_base, grad_base = q_ptr + head * q_head, grad_ptr + head * grad_head
         extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
-        rows = (q_base, q_row, grad_base, grad_row, lse_base, delta_base, first_ptr, last_ptr)
+        rows = (q_base, q_row, grad_base, grad_row, lse_base, delta_base)
         if q_tiles is not None:
             number = head.to(tl.int32)
-            described = (q_tiles, number, grad_tiles, number, lse_lines, delta_lines, first_ptr, last_ptr)
-            span = (low, inner, outer, full)
+            described = (q_tiles, number, grad_tiles, number, lse_lines, delta_lines)
+            span = (low, mid, mid_stop, full)
             state = _over_rows(state, kv, described, span, extra, HEAD, BLOCK_Q, -1)
             span = (full, full, stop, stop)
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, 1)
         else:
+            inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_Q)
             span = (low, low, inner, inner)
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
             span = (inner, inner, outer, outer)

@@ -1,5 +1,5 @@
-"""What the gradients of `routed_attention` need first, in one launch: which query rows a block of keys
-concerns, and what the softmax's gradient subtracts."""
+"""What the gradients of `routed_attention` need first, in one launch: which query rows see each key, and what
+the softmax's gradient subtracts."""
 
 # Kernels are Triton's language, not typed Python.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -13,30 +13,27 @@ from torch import Tensor
 
 from chiar_megatron.operators.kernels.routed_attention_tiles import line, load_tile, per_row
 
-RANGES = tl.constexpr(32)  # blocks of keys that one program looks up
+KEYS = tl.constexpr(128)  # that one program looks up
 DELTA_ROWS = 64
 
 
 def prepare(
-    grad: Tensor, out: Tensor, ranges: tuple[Tensor, Tensor], keys: int, block_k: int
+    grad: Tensor, out: Tensor, ranges: tuple[Tensor, Tensor], keys: int
 ) -> tuple[Tensor, Tensor]:
-    """delta, the sum of grad · out [R, n, d] over the head, [n, R] by `per_row`; and the query rows of each
-    block of keys, int32 [5, blocks]: low, mid, mid_stop, stop, valid.
-
-    Some key of the block is seen by the rows [low, stop), all are by [mid, mid_stop); padding begins at row
-    `valid`, the same for every block. ranges: first and last key of each row. Stays on the device.
+    """delta, the sum of grad · out [R, n, d] over the head, [n, R] by `per_row`; and the rows that see each of
+    K keys, int32 [2K + 1]: the first one of every key, the one behind the last of every key, and where padding
+    begins. ranges: first and last key of each row. Stays on the device.
     """
-    (R, n, d), blocks = out.shape, triton.cdiv(keys, block_k)
+    R, n, d = out.shape
     delta = per_row(out)
-    bounds = torch.empty(5, blocks, dtype=torch.int32, device=out.device)
-    programs = triton.cdiv(blocks, RANGES.value)
+    bounds = torch.empty(2 * keys + 1, dtype=torch.int32, device=out.device)
+    programs = triton.cdiv(keys, KEYS.value)
     _prepare_kernel[(programs + triton.cdiv(R, DELTA_ROWS) * n,)](
         (grad, out, delta, *ranges, bounds),
         grad.stride()[:2],
-        (R, n, programs, blocks, R.bit_length()),
+        (R, n, programs, keys, R.bit_length()),
         d,
         DELTA_ROWS,
-        block_k,
     )
     return delta, bounds
 
@@ -44,7 +41,7 @@ def prepare(
 @triton.jit
 def _count(first_ptr, last_ptr, edge, sizes, WHICH: tl.constexpr):
     """How many rows end before each edge (WHICH 0), begin up to it (1), or are no padding (2)."""
-    R, steps, _ = sizes
+    R, steps = sizes
     low = edge * 0
     high = low + R
     for _ in range(steps):
@@ -65,32 +62,18 @@ def _count(first_ptr, last_ptr, edge, sizes, WHICH: tl.constexpr):
 
 
 @triton.jit
-def _write_ranges(tensors, sizes, BLOCK_K: tl.constexpr):
-    """Bounds of this program's blocks; sizes: R, R.bit_length(), blocks."""
-    first_ptr, last_ptr, out_ptr = tensors
-    blocks = sizes[2]
-    block = tl.program_id(0) * RANGES + tl.arange(0, RANGES)
-    mask = block < blocks
-    start = block * BLOCK_K
-    # Not cut to the number of keys: a short last block is nobody's in full, and so always masked.
-    end = start + (BLOCK_K - 1)
-    tl.store(out_ptr + block, _count(first_ptr, last_ptr, start, sizes, 0), mask=mask)
-    tl.store(out_ptr + blocks + block, _count(first_ptr, last_ptr, end, sizes, 0), mask=mask)
-    tl.store(out_ptr + 2 * blocks + block, _count(first_ptr, last_ptr, start, sizes, 1), mask=mask)
-    tl.store(out_ptr + 3 * blocks + block, _count(first_ptr, last_ptr, end, sizes, 1), mask=mask)
-    tl.store(out_ptr + 4 * blocks + block, _count(first_ptr, last_ptr, start, sizes, 2), mask=mask)
-
-
-@triton.jit
-def _prepare_kernel(
-    tensors, grad_strides, sizes, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """The first programs write ranges, which waits for memory, the others delta."""
+def _prepare_kernel(tensors, grad_strides, sizes, HEAD: tl.constexpr, ROWS: tl.constexpr):
+    """The first programs look up rows, which waits for memory, the others write delta."""
     grad_ptr, out_ptr, delta_ptr, first_ptr, last_ptr, bounds_ptr = tensors
     grad_row, grad_head = grad_strides
-    R, heads, programs, blocks, steps = sizes
+    R, heads, programs, K, steps = sizes
     if tl.program_id(0) < programs:
-        _write_ranges((first_ptr, last_ptr, bounds_ptr), (R, steps, blocks), BLOCK_K)
+        key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+        search = (R, steps)
+        tl.store(bounds_ptr + key, _count(first_ptr, last_ptr, key, search, 0), mask=key < K)
+        tl.store(bounds_ptr + K + key, _count(first_ptr, last_ptr, key, search, 1), mask=key < K)
+        if tl.program_id(0) == 0:
+            tl.store(bounds_ptr + 2 * K, _count(first_ptr, last_ptr, 0, search, 2))
     else:
         number = tl.program_id(0) - programs
         start = number // heads * ROWS

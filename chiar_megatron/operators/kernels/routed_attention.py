@@ -33,6 +33,7 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     score_scale,
     store_tile,
     tuning_of,
+    within,
 )
 
 
@@ -96,11 +97,9 @@ def _attend(
             k = load_tile(k_base, at, k_step, stop, BLOCK_K, HEAD, EDGE > 0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         key = at + tl.arange(0, BLOCK_K)
-        # Most tiles at an edge need one of both comparisons, which cost as much as the softmax.
-        if EDGE > 0 or (TMA and at < mid):
-            s = tl.where(key[None, :] >= first[:, None], s, float("-inf"))
-        if EDGE > 0 or (TMA and at + BLOCK_K > mid_stop):
-            s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
+        if EDGE != 0:
+            if EDGE > 0 or at < mid or at + BLOCK_K > mid_stop:
+                s = tl.where(within(key[None, :], first[:, None], last[:, None] + 1), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
         # A row that has seen no key yet stays at -inf, and -inf - -inf is no number.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if EDGE != 0 else new_top

@@ -34,6 +34,7 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     store_tile,
     tuning_of,
     turned,
+    within,
 )
 
 LN_2 = tl.constexpr(math.log(2))
@@ -186,10 +187,9 @@ def _over_keys(
         key = at + tl.arange(0, BLOCK_K)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        if EDGE > 0 or (TMA and at < mid):
-            s = tl.where(key[None, :] >= first[:, None], s, float("-inf"))
-        if EDGE > 0 or (TMA and at + BLOCK_K > mid_stop):
-            s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
+        if EDGE != 0:
+            if EDGE > 0 or at < mid or at + BLOCK_K > mid_stop:
+                s = tl.where(within(key[None, :], first[:, None], last[:, None] + 1), s, float("-inf"))
         p = tl.exp2(s * scale - lse[:, None])
         if seed_ptr is not None:
             dp = tl.where(kept(seed_ptr, head, row[:, None], key[None, :], threshold), dp * keep_scale, 0.0)
@@ -280,7 +280,7 @@ def _over_rows(
     EDGE as in `_over_keys`, only with rows; if it is -1, start and BLOCK_Q are multiples of 4.
     """
     dk, dv = state
-    k, v, begin, end, key = kv  # these keys are seen by the rows [begin, end)
+    k, v, begin, end, key = kv  # each key is seen by the rows [begin, end)
     q_base, q_step, grad_base, grad_step, lse_base, delta_base = inputs
     start, mid, mid_stop, stop = span
     scale, seed_ptr, head, threshold, keep_scale = numbers
@@ -300,10 +300,9 @@ def _over_rows(
             delta = load_numbers(delta_base, row, stop, 0.0, EDGE > 0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        if EDGE > 0 or (TMA and at < mid):
-            s = tl.where(row[None, :] >= begin[:, None], s, float("-inf"))
-        if EDGE > 0 or (TMA and at + BLOCK_Q > mid_stop):
-            s = tl.where(row[None, :] < end[:, None], s, float("-inf"))
+        if EDGE != 0:
+            if EDGE > 0 or at < mid or at + BLOCK_Q > mid_stop:
+                s = tl.where(within(row[None, :], begin[:, None], end[:, None]), s, float("-inf"))
         p = tl.exp2(s * scale - lse[None, :])
         if seed_ptr is not None:
             keep = kept(seed_ptr, head, row[None, :], key[:, None], threshold)
@@ -346,7 +345,7 @@ def _key_gradient_kernel(
     k = load_tile(k_ptr + kv_head * k_head, start, k_row, K, BLOCK_K, HEAD, True)
     v = load_tile(v_ptr + kv_head * v_head, start, v_row, K, BLOCK_K, HEAD, True)
     begin = tl.load(bounds_ptr + key, mask=key < K, other=R)
-    end = tl.load(bounds_ptr + K + key, mask=key < K, other=0)
+    end = tl.load(bounds_ptr + K + key, mask=key < K, other=R)
     # Both are sorted. Some key of the block is seen by the rows [low, stop), all are by [mid, mid_stop); those
     # beyond the last by none.
     low, mid_stop = tl.load(bounds_ptr + start), tl.load(bounds_ptr + K + start)

@@ -187,6 +187,12 @@ def turned(tile, angles, place, inside, sign, HEAD: tl.constexpr):
 
 
 @triton.jit
+def within(x, low, stop):
+    """low <= x < stop for int32, by one comparison; anything where stop < low."""
+    return (x - low).to(tl.uint32, bitcast=True) < (stop - low).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def key_range(first_ptr, last_ptr, start, R, BLOCK_Q: tl.constexpr):
     """Ranges of the rows start..start+BLOCK_Q-1, and of their block: low, mid, mid_stop, stop.
 

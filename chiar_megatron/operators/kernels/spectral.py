@@ -23,12 +23,11 @@ OPERAND_DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.f
 
 
 class Tuning(NamedTuple):
-    """Launch of one kernel: rows at a time, warps, load stages, programs per multiprocessor, registers.
+    """Launch of one kernel: warps, load stages, programs per multiprocessor, registers.
 
-    Rows and warps are powers of two. registers limits those of a thread; 0: as many as there are.
+    Warps are a power of two. registers limits those of a thread; 0: as many as there are.
     """
 
-    rows: int
     warps: int
     stages: int
     programs: int
@@ -46,12 +45,12 @@ class Subset(NamedTuple):
 
 # Best of a sweep on one H100 (bf16, 32768 x 1024).
 DEFAULTS = {
-    "entropy": Tuning(1, 1, 4, 8, 0),
-    "mixing": Tuning(1, 1, 3, 8, 0),
-    "mixing_subset": Tuning(1, 1, 3, 8, 0),
-    "entropy_and_mixing": Tuning(1, 1, 3, 8, 0),
-    "backward": Tuning(1, 1, 3, 8, 0),
-    "backward_subset": Tuning(1, 1, 4, 8, 0),
+    "entropy": Tuning(1, 4, 8, 0),
+    "mixing": Tuning(1, 3, 8, 0),
+    "mixing_subset": Tuning(1, 3, 8, 0),
+    "entropy_and_mixing": Tuning(1, 3, 8, 0),
+    "backward": Tuning(1, 3, 8, 0),
+    "backward_subset": Tuning(1, 4, 8, 0),
 }
 # Programs where there are no multiprocessors: the interpreter's few blocks then share programs too.
 INTERPRETED_PROGRAMS = 3
@@ -213,14 +212,13 @@ class _Launch:
     ) -> None:
         if precision not in OPERAND_DTYPES:
             raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(OPERAND_DTYPES)}")
-        block, warps, stages, programs, registers = tuning or DEFAULTS[kernel]
+        warps, stages, programs, registers = tuning or DEFAULTS[kernel]
         self.x = x
         self.dims = tuple(dims_of(x.shape[1]))
         self.tables = tuple(tables_of(x.shape[1], OPERAND_DTYPES[precision], x.device))
         most = programs * _multiprocessors(x.device) if x.is_cuda else INTERPRETED_PROGRAMS
-        self.programs = min(most, -(-(len(x) if rows is None else len(rows)) // block))
+        self.programs = min(most, len(x) if rows is None else len(rows))
         self.options: dict[str, Any] = {
-            "B": block,
             "STAGES": stages,
             "PRECISION": _products(precision, x.is_cuda),
             "num_warps": warps,

@@ -33,7 +33,6 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     score_scale,
     store_tile,
     tuning_of,
-    within,
 )
 
 
@@ -99,7 +98,9 @@ def _attend(
         key = at + tl.arange(0, BLOCK_K)
         if EDGE != 0:
             if EDGE > 0 or at < mid or at + BLOCK_K > mid_stop:
-                s = tl.where(within(key[None, :], first[:, None], last[:, None] + 1), s, float("-inf"))
+                # Not `within`: for its sake ptxas would make every matrix instruction wait for the one before.
+                seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+                s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
         # A row that has seen no key yet stays at -inf, and -inf - -inf is no number.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top) if EDGE != 0 else new_top

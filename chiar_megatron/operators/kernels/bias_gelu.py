@@ -32,8 +32,8 @@ def bias_gelu(x_NF: Tensor, bias_F: Optional[Tensor]) -> Tensor:
 
 @triton.jit
 def _approximate(x, INSTRUCTION: tl.constexpr):
-    """By one instruction. What Triton makes of `1 / x` and `exp2(x)` takes care of subnormal numbers, at three
-    to five instructions more each."""
+    """By one instruction. What Triton makes of `1 / x` and `exp2(x)` takes care of subnormal numbers, at
+    three to five instructions more each."""
     return tl.inline_asm_elementwise(
         INSTRUCTION + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )

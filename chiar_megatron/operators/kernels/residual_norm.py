@@ -151,8 +151,8 @@ def _add_both(a, b, c, d):
 @triton.jit
 def _token_gradient(tensors, token, here, weight, eps, flags: tl.constexpr, H: tl.constexpr,
                     WIDTH: tl.constexpr):  # fmt: skip
-    """Of some tokens [rows, 1], where `here`: du, the output's gradient, the normalised sum (all [rows, WIDTH]
-    float32), and where in memory they are."""
+    """Of some tokens [rows, 1], where `here`: du, the output's gradient, the normalised sum, all
+    [rows, WIDTH] float32, and where in memory they are."""
     grad_ptr, more_ptr, u_ptr = tensors
     CENTRED: tl.constexpr = flags[1]
     TWICE: tl.constexpr = flags[3]

@@ -83,8 +83,9 @@ def _turn_share(pointers, strides, tables, span, last_ptr, sign, turned, HALF: t
     """Rotate this program's share of the tokens of one head, from source to target, which may be the same;
     both halves' sums over them, [ROWS, COLS] float32 each.
 
-    span: number of the share, of how many, tokens, tokens of a sequence, lines of tables. Angles are those of the token's place
-    in its sequence, or of the key that last_ptr gives it. turned: how many columns are, HALF or 0.
+    span: number of the share, of how many, tokens, tokens of a sequence, lines of tables. Angles are those
+    of the token's place in its sequence, or of the key that last_ptr gives it. turned: how many columns are,
+    HALF or 0.
     """
     source_ptr, target_ptr = pointers
     source_b, source_s, target_b, target_s = strides
@@ -113,13 +114,6 @@ def _turn_share(pointers, strides, tables, span, last_ptr, sign, turned, HALF: t
         first_sums += first
         second_sums += second
     return first_sums, second_sums
-
-
-@triton.jit
-def _store_sums(target, sums, HALF: tl.constexpr):
-    """Both halves' sums of a share, in a row."""
-    col = tl.arange(0, sums[0].shape[1])
-    _store(target + col, tl.sum(sums[0], 0), tl.sum(sums[1], 0), col < HALF, HALF)
 
 
 @triton.jit

@@ -98,7 +98,7 @@ def _attend(
         key = at + tl.arange(0, BLOCK_K)
         if EDGE != 0:
             if EDGE > 0 or at < mid or at + BLOCK_K > mid_stop:
-                # Not `within`: for its sake ptxas would make every matrix instruction wait for the one before.
+                # Not `within`: with it, ptxas makes every matrix instruction wait for the one before.
                 seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
                 s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)

@@ -337,7 +337,6 @@ def _key_gradient_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, out_row, out_head = strides
     R, K, heads, groups, lines, scale, threshold, keep_scale = numbers
     # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
-    blocks = tl.num_programs(0) // groups
     block = tl.program_id(0) // groups
     kv_head = tl.cast(tl.program_id(0) % groups, tl.int64)
     start = block * BLOCK_K
@@ -346,8 +345,8 @@ def _key_gradient_kernel(
     v = load_tile(v_ptr + kv_head * v_head, start, v_row, K, BLOCK_K, HEAD, True)
     begin = tl.load(bounds_ptr + key, mask=key < K, other=R)
     end = tl.load(bounds_ptr + K + key, mask=key < K, other=R)
-    # Both are sorted. Some key of the block is seen by the rows [low, stop), all are by [mid, mid_stop); those
-    # beyond the last by none.
+    # Both are sorted. Some key of the block is seen by the rows [low, stop), all are by [mid, mid_stop); keys
+    # beyond the last are by none.
     low, mid_stop = tl.load(bounds_ptr + start), tl.load(bounds_ptr + K + start)
     mid = tl.load(bounds_ptr + start + BLOCK_K - 1, mask=start + BLOCK_K <= K, other=R)
     stop = tl.load(bounds_ptr + K + tl.minimum(start + BLOCK_K, K) - 1)

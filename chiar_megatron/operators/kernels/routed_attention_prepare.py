@@ -17,12 +17,10 @@ KEYS = tl.constexpr(128)  # that one program looks up
 DELTA_ROWS = 64
 
 
-def prepare(
-    grad: Tensor, out: Tensor, ranges: tuple[Tensor, Tensor], keys: int
-) -> tuple[Tensor, Tensor]:
-    """delta, the sum of grad · out [R, n, d] over the head, [n, R] by `per_row`; and the rows that see each of
-    K keys, int32 [2K + 1]: the first one of every key, the one behind the last of every key, and where padding
-    begins. ranges: first and last key of each row. Stays on the device.
+def prepare(grad: Tensor, out: Tensor, ranges: tuple[Tensor, Tensor], keys: int) -> tuple[Tensor, Tensor]:
+    """delta, the sum of grad · out [R, n, d] over the head, [n, R] by `per_row`; and the rows that see each
+    of K keys, int32 [2K + 1]: every key's first, every key's one behind the last, and where padding begins.
+    ranges: first and last key of each row. Stays on the device.
     """
     R, n, d = out.shape
     delta = per_row(out)

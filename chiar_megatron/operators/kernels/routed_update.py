@@ -107,7 +107,8 @@ def _(
     width, weight = x.shape[1], norms[0]
     assert weight is not None
     sums = weight.new_empty(5, width)
-    return x.new_empty(x.shape), x.new_empty(len(Source(*places).valid_R), width), filters.new_empty(width), sums
+    rows = x.new_empty(len(Source(*places).valid_R), width)
+    return x.new_empty(x.shape), rows, filters.new_empty(width), sums
 
 
 class _RoutedUpdate(torch.autograd.Function):

@@ -175,7 +175,7 @@ def _token_gradient(tensors, token, here, weight, eps, flags: tl.constexpr, H: t
 
 @triton.jit
 def norm_backward_kernel(
-    tensors, places, norms, out_tensors, numbers, flags: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
+    tensors, norms, out_tensors, numbers, flags: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """du of all tokens, of the light ones as rows too, and this program's sums [programs, 3 or 5, H]: the
@@ -184,7 +184,8 @@ def norm_backward_kernel(
     Routed, it goes through the dark tokens and then through the rows: sums of one kind at a time, which
     registers can hold.
     """
-    index_ptr, valid_ptr, rest_ptr, count_ptr = places
+    gradient = tensors[:3]
+    index_ptr, valid_ptr, rest_ptr, count_ptr = tensors[3:]
     du_ptr, rows_ptr, sums_ptr = out_tensors
     N, R, eps = numbers
     ROUTED: tl.constexpr = flags[0]
@@ -200,7 +201,7 @@ def norm_backward_kernel(
         here = token < N
         if ROUTED:
             token = tl.load(rest_ptr + token, mask=here, other=0)
-        du, grad, plain, place = _token_gradient(tensors, token, here, weight, eps, flags, H, WIDTH)
+        du, grad, plain, place = _token_gradient(gradient, token, here, weight, eps, flags, H, WIDTH)
         tl.store(du_ptr + place, du.to(du_ptr.dtype.element_ty), mask=here & (col < H))
         by_weight += tl.sum(grad * plain, 0)[None, :]
         by_shift += tl.sum(grad, 0)[None, :]
@@ -217,7 +218,7 @@ def norm_backward_kernel(
             row = (block * ROWS + tl.arange(0, ROWS))[:, None]
             used = tl.load(valid_ptr + row, mask=row < R, other=0) != 0
             token = tl.load(index_ptr + row, mask=used, other=0)
-            du, grad, plain, place = _token_gradient(tensors, token, used, weight, eps, flags, H, WIDTH)
+            du, grad, plain, place = _token_gradient(gradient, token, used, weight, eps, flags, H, WIDTH)
             rounded = du.to(du_ptr.dtype.element_ty)
             tl.store(du_ptr + place, rounded, mask=used & (col < H))
             tl.store(rows_ptr + row.to(tl.int64) * H + col, rounded, mask=(row < R) & (col < H))
@@ -273,8 +274,7 @@ def norm_backward(
         places = (source.index_R, source.valid_R.view(torch.int8), source.rest_N, source.rest_count)
     if programs:
         norm_backward_kernel[(programs,)](
-            (grads[0], grads[-1], u),
-            places,
+            (grads[0], grads[-1], u, *places),
             (first.weight, last.weight),
             (du, rows, sums),
             (len(u), R, first.eps),

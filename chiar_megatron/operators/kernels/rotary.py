@@ -78,8 +78,7 @@ def _within(base, token, stride, col):
 
 
 @triton.jit
-def _turn_share(pointers, strides, tables, span, last_ptr, sign, turned, HALF: tl.constexpr,
-                ROWS: tl.constexpr):  # fmt: skip
+def _turn_share(pointers, strides, tables, span, sign, turned, HALF: tl.constexpr, ROWS: tl.constexpr):
     """Rotate this program's share of the tokens of one head, from source to target, which may be the same;
     both halves' sums over them, [ROWS, COLS] float32 each.
 
@@ -89,7 +88,7 @@ def _turn_share(pointers, strides, tables, span, last_ptr, sign, turned, HALF: t
     """
     source_ptr, target_ptr = pointers
     source_b, source_s, target_b, target_s = strides
-    cos_ptr, sin_ptr = tables
+    cos_ptr, sin_ptr, last_ptr = tables
     share, shares, tokens, s, lines = span
     COLS: tl.constexpr = triton.next_power_of_2(HALF)
     col = tl.arange(0, COLS)
@@ -120,6 +119,7 @@ def _turn_share(pointers, strides, tables, span, last_ptr, sign, turned, HALF: t
 def _turn_kernel(rows, keys, tables, strides, sizes, sign, HALF: tl.constexpr, ROWS: tl.constexpr):
     """The first programs turn rows, the others keys."""
     row_ptr, row_target, last_ptr = rows
+    cos_ptr, sin_ptr = tables
     key_ptr, key_target = keys
     row_source_s, row_source_n, row_target_s, row_target_n = strides[:4]
     key_source_s, key_source_g, key_target_s, key_target_g = strides[4:]
@@ -130,7 +130,7 @@ def _turn_kernel(rows, keys, tables, strides, sizes, sign, HALF: tl.constexpr, R
         pointers = (row_ptr + head * row_source_n, row_target + head * row_target_n)
         by_row = (0, row_source_s, 0, row_target_s)
         span = (share, row_shares, R, R, lines)
-        _turn_share(pointers, by_row, tables, span, last_ptr, sign, HALF, HALF, ROWS)
+        _turn_share(pointers, by_row, (cos_ptr, sin_ptr, last_ptr), span, sign, HALF, HALF, ROWS)
     else:
         number = tl.program_id(0) - of_rows
         share, group = number // groups, tl.cast(number % groups, tl.int64)
@@ -138,7 +138,7 @@ def _turn_kernel(rows, keys, tables, strides, sizes, sign, HALF: tl.constexpr, R
         sequence = tl.cast(lines, tl.int64)
         by_key = (sequence * key_source_s, key_source_s, sequence * key_target_s, key_target_s)
         span = (share, key_shares, K, lines, lines)
-        _turn_share(pointers, by_key, tables, span, None, sign, HALF, HALF, ROWS)
+        _turn_share(pointers, by_key, (cos_ptr, sin_ptr, None), span, sign, HALF, HALF, ROWS)
 
 
 @triton.jit
@@ -173,6 +173,7 @@ def _join_kernel(pointers, tables, strides, sizes, HALF: tl.constexpr, ROWS: tl.
     """Gradients of queries and keys rotated back, of values as they are, side by side; and sums of each
     share's tokens where they are asked for."""
     query_ptr, key_ptr, value_ptr, joined_ptr, sums_ptr = pointers
+    cos_ptr, sin_ptr = tables
     query_b, query_s, query_g, query_r, key_b, key_s, key_g, value_b, value_s, value_g = strides
     tokens, s, groups, queries, shares = sizes
     slots = queries + 2
@@ -192,7 +193,7 @@ def _join_kernel(pointers, tables, strides, sizes, HALF: tl.constexpr, ROWS: tl.
     span, turned = (share, shares, tokens, s, s), (HALF if member <= queries else 0)
     ways = (by_batch, by_token, s * width, width)
     there = (source, joined_ptr + head * (2 * HALF))
-    sums = _turn_share(there, ways, tables, span, None, -1.0, turned, HALF, ROWS)
+    sums = _turn_share(there, ways, (cos_ptr, sin_ptr, None), span, -1.0, turned, HALF, ROWS)
     if sums_ptr is not None:
         _store_sums(sums_ptr + share * width + head * (2 * HALF), sums, HALF)
 

@@ -24,26 +24,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chiar_megatron.operators.kernels import routed_attention as fwd
 from chiar_megatron.operators.kernels import routed_attention_backward as bwd
 from chiar_megatron.operators.kernels import routed_attention_tiles as tiles
+from chiar_megatron.operators.kernels.routed_attention_prepare import prepare
 
 START = time.time()
 N, D = 16, 64
-CASES = [(2048, 16, 0.5), (8192, 4, 0.25)]
+CASES = [(256, 128, 0.5), (2048, 16, 0.5), (8192, 4, 0.25)]
 # block_q, block_k, warps, stages, edge_stages, tma, registers
 SWEEP = {
     "forward": [
-        (64, 64, 4, 3, 2), (64, 128, 4, 3, 2),
+        (64, 64, 4, 3, 2), (64, 128, 4, 3, 2), (64, 64, 4, 1, 1, True), (64, 64, 4, 2, 1, True, 168),
+        (64, 128, 4, 1, 1, True, 168), (32, 128, 4, 2, 1, True), (64, 256, 8, 1, 1, True),
         (64, 64, 4, 3, 1, True), (64, 64, 4, 2, 1, True), (64, 128, 4, 2, 1, True), (128, 64, 8, 3, 1, True),
         (128, 128, 8, 2, 1, True), (64, 64, 4, 3, 1, True, 128), (64, 128, 4, 2, 1, True, 168),
         (128, 64, 4, 3, 1, True),
     ],
     "query_grad": [
-        (64, 64, 4, 3, 1),
+        (64, 64, 4, 3, 1), (64, 64, 4, 2, 2), (128, 64, 8, 2, 2), (64, 128, 8, 2, 1, True),
+        (64, 64, 4, 1, 1, True), (64, 64, 4, 3, 1, True, 128), (32, 64, 4, 3, 1, True),
         (64, 64, 4, 3, 1, True), (64, 64, 4, 2, 1, True), (64, 64, 4, 2, 1, True, 128),
         (128, 64, 8, 2, 1, True),
         (64, 128, 4, 2, 1, True), (128, 64, 8, 3, 1, True), (64, 32, 4, 3, 1, True),
     ],
     "key_grad": [
-        (64, 64, 4, 3, 1),
+        (64, 64, 4, 3, 1), (64, 64, 4, 2, 2), (32, 64, 4, 2, 2), (32, 64, 4, 2, 1, True, 168),
+        (32, 64, 4, 1, 1, True, 168), (32, 128, 8, 3, 1, True), (32, 128, 8, 2, 1, True, 128),
+        (32, 128, 4, 2, 1, True), (32, 64, 4, 3, 1, True, 128), (16, 64, 4, 3, 1, True, 168),
         (64, 64, 4, 3, 1, True), (64, 64, 4, 2, 1, True), (64, 64, 4, 3, 1, True, 168),
         (64, 64, 4, 2, 1, True, 168),
         (64, 128, 8, 2, 1, True), (64, 128, 8, 3, 1, True), (32, 64, 4, 3, 1, True),
@@ -76,15 +81,19 @@ def saved_of(q, k, v, first, last):
 
 
 def runner(kernel, saved, grad):
-    """A call of one kernel at the tuning in OVERRIDES."""
+    """A call of one kernel at the tuning in OVERRIDES; gradients rotate and add up, as in a layer."""
     if kernel == "forward":
         return lambda: fwd._forward_op(*saved[:5], None, 0.0)
-    numbers, delta = (tiles.score_scale(D), 0, 1.0), tiles.per_row(saved.q).normal_()
+    numbers = (tiles.score_scale(D), 0, 1.0)
+    delta, bounds = prepare(grad, saved.out, (saved.first, saved.last), len(saved.k))
+    sums = bwd.space_for_sums(saved.q, saved.k)
     if kernel == "query_grad":
         dq = torch.empty(saved.q.shape, dtype=grad.dtype, device="cuda")
-        return lambda: bwd._query_gradient(grad, saved, delta, None, numbers, dq)
-    dk, dv = (torch.empty(saved.k.shape, dtype=grad.dtype, device="cuda") for _ in range(2))
-    return lambda: bwd._key_gradient(grad, saved, delta, None, numbers, (dk, dv))
+        after = (*torch.rand(2, len(dq), D // 2, device="cuda"), sums[0])
+        return lambda: bwd._query_gradient(grad, saved, delta, None, numbers, dq, after)
+    dkv = torch.empty(len(saved.k), N, 2, D, dtype=grad.dtype, device="cuda")
+    out, after = (dkv[:, :, 0], dkv[:, :, 1]), (*torch.rand(2, 256, D // 2, device="cuda"), sums[1])
+    return lambda: bwd._key_gradient(grad, saved, delta, None, numbers, bounds, out, after)
 
 
 def compile_one(kernel, numbers):

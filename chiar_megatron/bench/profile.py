@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ _WAITS_HEAD = (
     "cudaEventSynchronize for the figures of the step before, when the next is on its way):"
 )
 STEPS = 2
-ROWS = 60
+ROWS, GAP_ROWS = 60, 20
 # What makes the host wait, or tells that it does. A copy waits only if it is to pageable memory.
 WAITS = (
     "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
@@ -47,8 +48,9 @@ def profile_steps(trainee: Trainee, name: str, file: str, device: torch.device) 
         if event.key in WAITS or event.key.startswith("Memcpy DtoH")
     }
     lines = kernel_lines(averages, device)
+    gaps = gap_lines(profiler.events() or ()) if device.type == "cuda" else []
     where = _waits_by_place(trainee, device)
-    text = [f"## {name}", *lines, "", _WAITS_HEAD]
+    text = [f"## {name}", *lines, "", *gaps, "", _WAITS_HEAD]
     text += [f"  {count:8.1f}  {key}" for key, count in sorted(waits.items())]
     text += [f"calls that torch calls synchronising, in one step: {sum(where.values())}"]
     text += [f"  {count:8d}  {place}" for place, count in where.most_common(20)]
@@ -60,6 +62,7 @@ def profile_steps(trainee: Trainee, name: str, file: str, device: torch.device) 
         "host_synchronisations_a_step": waits,
         "synchronising_calls_of_one_step": dict(where),
         "kernels": lines[:8],
+        "gaps": gaps[:1],
     }
 
 
@@ -79,6 +82,26 @@ def kernel_lines(averages: Any, device: torch.device) -> list[str]:
     for time, event in events[:ROWS]:
         milliseconds, calls = time / 1e3 / STEPS, event.count / STEPS
         lines.append(f"{milliseconds:9.3f} ms {time / total:6.1%} {calls:7.1f}x  {event.key[:110]}")
+    return lines
+
+
+def gap_lines(events: Iterable[Any]) -> list[str]:
+    """How long the device does nothing between two kernels, whatever their streams; and before which."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.key)
+        for event in events
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    )
+    gaps, counts, until = Counter[str](), Counter[str](), float("inf")
+    for start, end, key in kernels:
+        if start > until:
+            gaps[key] += start - until
+            counts[key] += 1
+        until = end if until == float("inf") else max(until, end)
+    total = sum(gaps.values())
+    lines = [f"{total / 1e3 / STEPS:.2f} ms a step between {len(kernels) / STEPS:.0f} kernels, most before:"]
+    for key, time in gaps.most_common(GAP_ROWS):
+        lines.append(f"{time / 1e3 / STEPS:9.3f} ms {counts[key] / STEPS:7.1f}x  {key[:110]}")
     return lines
 
 

@@ -125,13 +125,7 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         if self.kind == "R":
             u_BSH, same_BSH = self._routed(x_BSH, context)
         elif self.kind == "A":
-            biased = not self._norm_adds_bias(x_BSH)
-            u_BSH, same_BSH = self._residual(
-                self.input_layernorm,
-                x_BSH,
-                lambda y: self.self_attention(y, context, biased=biased),
-                None if biased else self.self_attention.linear_proj.bias,
-            )
+            u_BSH, same_BSH = self._attended(x_BSH, context)
         else:
             u_BSH, same_BSH = self._residual(self.spectral_norm, x_BSH, self.spectral)
         if self.model.norm == "pre":
@@ -139,6 +133,13 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         biased = not self._norm_adds_bias(x_BSH) or self.config.hidden_dropout > 0.0
         bias = None if biased else self.mlp.linear_fc2.bias
         return add_and_norm(self.pre_mlp_layernorm, same_BSH, self.mlp(u_BSH, biased), bias)[0]
+
+    def _attended(self, x_BSH: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
+        attention, norm = self.self_attention, self.input_layernorm
+        if not self._norm_adds_bias(x_BSH):
+            return self._residual(norm, x_BSH, lambda y_BSH: attention(y_BSH, context))
+        out_BSH, x_BSH = attention.beside_residual(x_BSH, context)
+        return add_and_norm(norm, x_BSH, out_BSH, attention.linear_proj.bias, users=2)
 
     def _norm_adds_bias(self, x_BSH: Tensor) -> bool:
         """Whether linear layers leave their bias to the kernel of the norm behind them."""
@@ -206,13 +207,16 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         attention, gate_SB = self.self_attention, decision.gate_SB
         routed_keys = self.model.router.keys_values == "routed"
         # A gate multiplies the bias too.
-        attended_RH = attention.attend_rows(x_BSH, rows, context, routed_keys, biased=gate_SB is not None)
+        attended_RH, x_NH = attention.rows_beside_residual(
+            x_BSH, rows, context, routed_keys, biased=gate_SB is not None
+        )
         bias = attention.linear_proj.bias
         if gate_SB is not None:
             gate_R = take_rows(gate_SB.transpose(0, 1).flatten(), rows)
             attended_RH, bias = attended_RH * gate_R[:, None].to(x_BSH.dtype), None
         norms = (self.spectral_norm, self.input_layernorm)
-        return fused_update((x_BSH, attended_RH), rows, (self.spectral.weight, bias), norms, users=2)
+        outputs = fused_update((x_NH, attended_RH), rows, (self.spectral.weight, bias), norms, users=2)
+        return tuple(out_NH.view(x_BSH.shape) for out_NH in outputs)
 
     def _densely(self, x_BSH: Tensor, context: ForwardContext, decision: RouteDecision) -> Tensor:
         """Every operator for every token, then one result or a blend of them."""
@@ -241,12 +245,11 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         norm: torch.nn.Module,
         x_BSH: Tensor,
         operator: Any,
-        bias_H: Tensor | None = None,
         users: int = 2,
     ) -> tuple[Tensor, ...]:
-        """The sum, in post-norm normalised, once for each user; bias_H: what the operator left out."""
+        """The sum, in post-norm normalised, once for each user."""
         if self.model.norm == "post":
-            return add_and_norm(norm, x_BSH, operator(x_BSH), bias_H, users)
+            return add_and_norm(norm, x_BSH, operator(x_BSH), users=users)
         return (x_BSH + operator(norm(x_BSH)),) * users
 
     def _regularise(self, x_BSH: Tensor, decision: RouteDecision, context: ForwardContext) -> Tensor:

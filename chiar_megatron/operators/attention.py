@@ -24,7 +24,8 @@ from chiar_megatron.operators.context import ForwardContext, LayerCache
 from chiar_megatron.operators.context_parallel import HeadExchange, PartedRows
 from chiar_megatron.operators.parallel_linear import enter_tensor_parallel, parallel_linear
 from chiar_megatron.operators.parallel_rows import enter_rows, leave_rows
-from chiar_megatron.operators.rotary import RotaryEmbedding, split_and_rotate
+from chiar_megatron.operators.residual_linear import linear_and_input, rows_keys_and_input
+from chiar_megatron.operators.rotary import RotaryEmbedding, bias_for_split, split_and_rotate
 from chiar_megatron.operators.routed_attention import rotated_attention
 from chiar_megatron.operators.rows import TokenRows, take_rows
 
@@ -86,13 +87,34 @@ class SelfAttention(MegatronModule):
         light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
         each token's own, so that no row is empty). biased: False leaves the output's bias to the caller.
         """
-        grouped = self._by_group(parallel_linear(self.linear_qkv, x_BSH))
+        if self.config.tensor_model_parallel_size == 1:
+            own_bias, bias = bias_for_split(x_BSH, self.linear_qkv.bias)
+            qkv_BSX = F.linear(x_BSH, self.linear_qkv.weight, own_bias)
+        else:
+            qkv_BSX, bias = parallel_linear(self.linear_qkv, x_BSH), None
+        return self._attend_tokens(qkv_BSX, bias, context, light_BS, biased)
+
+    def beside_residual(self, x_BSH: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """`forward` without the output's bias, and x for the residual sum with it, whose kernel gives
+        both their gradient at once (`residual_linear`); one process has all heads."""
+        own_bias, bias = bias_for_split(x_BSH, self.linear_qkv.bias)
+        qkv_BSX, x_BSH = linear_and_input(x_BSH, self.linear_qkv.weight, own_bias)
+        return self._attend_tokens(qkv_BSX, bias, context, None, biased=False), x_BSH
+
+    def _attend_tokens(
+        self,
+        qkv_BSX: Tensor,
+        bias: Tensor | None,
+        context: ForwardContext,
+        light_BS: Tensor | None,
+        biased: bool,
+    ) -> Tensor:
+        grouped = qkv_BSX.unflatten(2, (self.groups, self.per_group + 2, self.head_size))
         offset, length = context.position_offset, grouped.shape[1]
         # A context-parallel rank holds the part of each sequence that begins here.
         first = offset if self.exchange is None else self.exchange.rank * length
-        positions_S = torch.arange(first, first + length, device=x_BSH.device)
-        cos_S1D, sin_S1D = self.rotary(positions_S, first + length)
-        query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D)
+        cos_S1D, sin_S1D = self.rotary.stretch(first, first + length, qkv_BSX.device)
+        query_BSGRD, key_BSGD, value_BSGD = split_and_rotate(grouped, cos_S1D, sin_S1D, bias)
         query_BSND = query_BSGRD.flatten(2, 3)
         if self.exchange is not None:
             query_BSND, key_BSGD, value_BSGD = self.exchange.sequences(query_BSND, key_BSGD, value_BSGD)
@@ -130,16 +152,19 @@ class SelfAttention(MegatronModule):
         out_BSH = leave_rows(self.config, self.tp_group, partial_RH, own, b)
         return out_BSH if bias is None or own_bias is not None else out_BSH + bias
 
-    def attend_rows(
+    def rows_beside_residual(
         self, x_BSH: Tensor, rows: TokenRows, context: ForwardContext, routed: bool, biased: bool
-    ) -> Tensor:
-        """The rows `[R, h]` of `forward_rows` where one process has all tokens and heads. biased: with the
-        output's bias."""
-        tokens_NH = x_BSH.flatten(0, 1)
-        rows_RH = take_rows(tokens_NH, rows)
-        bias = self.linear_proj.bias if biased else None
-        key_KH = rows_RH if routed else tokens_NH
-        return self._project_and_attend(rows_RH, key_KH, rows, x_BSH.shape[0], context, bias)
+    ) -> tuple[Tensor, Tensor]:
+        """The rows `[R, h]` of `forward_rows`, and the tokens `[N, h]` for the residual sum, as in
+        `beside_residual`. biased: with the output's bias."""
+        x_NH = x_BSH.flatten(0, 1)
+        for_queries, for_keys, bias = self._parted_projections(x_NH)
+        of_tokens = (None, None) if routed else for_keys
+        rows_RH, all_KX, x_NH = rows_keys_and_input(x_NH, rows, *of_tokens)
+        kv_KX = F.linear(rows_RH, *for_keys) if all_KX is None else all_KX
+        projected = self._by_head(F.linear(rows_RH, *for_queries), kv_KX)
+        output_RX = self._attend_rows(*projected, rows, (x_BSH.shape[0], routed), context, bias)
+        return F.linear(output_RX, self.linear_proj.weight, self.linear_proj.bias if biased else None), x_NH
 
     def _project_and_attend(
         self,
@@ -158,42 +183,69 @@ class SelfAttention(MegatronModule):
         both are this context-parallel rank's, as is the output, while `rows` are those of all.
         """
         routed = key_KH is rows_RH
-        query_weight, query_bias = self._part_of_qkv(slice(0, self.per_group))
-        kv_weight, kv_bias = self._part_of_qkv(slice(self.per_group, self.per_group + 2))
-        query_RND = F.linear(rows_RH, query_weight, query_bias).unflatten(1, (self.heads, self.head_size))
-        kv_KGYD = F.linear(key_KH, kv_weight, kv_bias).unflatten(1, (self.groups, 2, self.head_size))
-        s = len(rows.has_row_N) // b
+        for_queries, for_keys, bias = self._parted_projections(rows_RH)
+        query_RND, kv_KGYD = self._by_head(F.linear(rows_RH, *for_queries), F.linear(key_KH, *for_keys))
         if self.exchange is not None and parted is not None:
             query_RND = self.exchange.rows(query_RND, parted)
             kv_KGYD = self.exchange.keys_and_values(kv_KGYD, b, parted if routed else None)
-        position_R = rows.index_R % s
-        of_rows = self.rotary(position_R, s)
-        of_keys = of_rows if routed else self.rotary(torch.arange(s, device=rows_RH.device), s)
-        angles = tuple(table.squeeze(1) for table in (*of_rows, *of_keys))
-        ranges = key_ranges(rows, b, s, context.document_ids_BS, routed)
-        output_RND = self._attend_rotated(query_RND, kv_KGYD, angles, ranges)
+        output_RX = self._attend_rows(query_RND, kv_KGYD, rows, (b, routed), context, bias)
         if self.exchange is not None and parted is not None:
-            output_RND = self.exchange.own_rows(output_RND, parted)
-        return F.linear(output_RND.flatten(1), self.linear_proj.weight, bias_H)
+            output_RND = output_RX.unflatten(1, (-1, self.head_size))
+            output_RX = self.exchange.own_rows(output_RND, parted).flatten(1)
+        return F.linear(output_RX, self.linear_proj.weight, bias_H)
 
-    def _by_group(self, qkv_BSX: Tensor) -> Tensor:
-        """Megatron's layout: for each key-value group its query heads, one key, one value."""
-        b, s, _ = qkv_BSX.shape
-        return qkv_BSX.view(b, s, self.groups, self.per_group + 2, self.head_size)
+    def _parted_projections(self, rows_RH: Tensor) -> tuple[Any, Any, Tensor | None]:
+        """Weight and bias that make queries, those that make keys and values, and the bias of both whose
+        gradient comes from the attention behind them (`bias_for_split`)."""
+        own_bias, bias = self.linear_qkv.bias, None
+        if self.exchange is None:
+            own_bias, bias = bias_for_split(rows_RH, own_bias)
+        weights = self._queries_first(self.linear_qkv.weight)
+        biases = (None, None) if own_bias is None else self._queries_first(own_bias)
+        return (weights[0], biases[0]), (weights[1], biases[1]), bias
 
-    def _part_of_qkv(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        """Weight `[rows, h]` and bias of the queries, or of the keys and values, of every group."""
-        shape = (self.groups, self.per_group + 2, self.head_size)
-        weight, bias = self.linear_qkv.weight, self.linear_qkv.bias
-        part_weight = weight.unflatten(0, shape)[:, part].flatten(0, 2)
-        return part_weight, None if bias is None else bias.unflatten(0, shape)[:, part].flatten()
+    def _by_head(self, query_RX: Tensor, kv_KX: Tensor) -> tuple[Tensor, Tensor]:
+        query_RND = query_RX.unflatten(1, (self.heads, self.head_size))
+        return query_RND, kv_KX.unflatten(1, (self.groups, 2, self.head_size))
 
-    def _attend_rotated(self, query_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any) -> Tensor:
+    def _attend_rows(
+        self,
+        query_RND: Tensor,
+        kv_KGYD: Tensor,
+        rows: TokenRows,
+        layout: tuple[int, bool],
+        context: ForwardContext,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Outputs `[R, n·d]` of all rows; layout: sequences, and whether keys are the rows' alone."""
+        b, routed = layout
+        s = len(rows.has_row_N) // b
+        if routed:
+            of_keys = self.rotary(rows.index_R % s, s)
+        else:
+            of_keys = self.rotary.stretch(0, s, query_RND.device)
+        angles = (of_keys[0].squeeze(1), of_keys[1].squeeze(1))
+        ranges = key_ranges(rows, b, s, context.document_ids_BS, routed)
+        return self._attend_rotated(query_RND, kv_KGYD, angles, ranges, bias).flatten(1)
+
+    def _queries_first(self, qkv_X: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a weight or bias in Megatron's layout the queries' part, and that of keys and values: one copy,
+        or none where a single group has them in this order already."""
+        if self.groups > 1:
+            grouped = qkv_X.unflatten(0, (self.groups, self.per_group + 2, self.head_size))
+            parts = grouped.split((self.per_group, 2), dim=1)
+            qkv_X = torch.cat([part.flatten(0, 2) for part in parts])
+        query_X, kv_X = qkv_X.split((self.heads * self.head_size, 2 * self.groups * self.head_size))
+        return query_X, kv_X
+
+    def _attend_rotated(
+        self, query_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any, bias: Tensor | None
+    ) -> Tensor:
         dropout = self.config.attention_dropout if self.training else 0.0
         if not self._drops_own_heads():
-            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout)
+            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout, bias)
         with get_cuda_rng_tracker().fork():
-            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout)
+            return rotated_attention(query_RND, kv_KGYD, angles, ranges, dropout, bias)
 
     def _attend(
         self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor | None

@@ -27,11 +27,21 @@ class RotaryEmbedding(torch.nn.Module):
 
     def forward(self, positions_X: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[x, 1, d/2]` float32 of positions that all lie before `end`."""
-        if self._cos_SD.shape[0] < end or self._cos_SD.device != positions_X.device:
+        cos_SD, sin_SD = self._tables(end, positions_X.device)
+        return cos_SD[positions_X][:, None], sin_SD[positions_X][:, None]
+
+    def stretch(self, first: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin `[end - first, 1, d/2]` float32 of the positions from `first` to before `end`, which
+        are no copies."""
+        cos_SD, sin_SD = self._tables(end, device)
+        return cos_SD[first:end, None], sin_SD[first:end, None]
+
+    def _tables(self, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._cos_SD.shape[0] < end or self._cos_SD.device != device:
             length = max(end, 2 * self._cos_SD.shape[0])  # generation asks token by token
-            tables = _rotary_tables(length, self.head_size, self.base, self.scaling, positions_X.device)
+            tables = _rotary_tables(length, self.head_size, self.base, self.scaling, device)
             self._cos_SD, self._sin_SD = tables
-        return self._cos_SD[positions_X][:, None], self._sin_SD[positions_X][:, None]
+        return self._cos_SD, self._sin_SD
 
 
 @lru_cache(maxsize=4)
@@ -74,10 +84,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def split_and_rotate(grouped: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate(
+    grouped: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries `[..., g, r, d]`, rotated keys and plain values `[..., g, d]` from Megatron's layout
-    `[..., x, g, r + 2, d]`; cos, sin: `[x, 1, d/2]`. r may be 0."""
-    return _SplitAndRotate.apply(grouped, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+    `[..., x, g, r + 2, d]`; cos, sin: `[x, 1, d/2]`. r may be 0.
+
+    bias: `[g·(r + 2)·d]`, which `grouped` has been given without a gradient (`bias_for_split`): its gradient
+    is taken here.
+    """
+    return _SplitAndRotate.apply(grouped, cos, sin, bias)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def bias_for_split(x: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The bias as the linear layer in front of `split_and_rotate` (or of `rotated_attention`) is to have it,
+    and as that is: where a kernel writes the layer's gradient, it adds up the bias's on its way."""
+    if bias is None or not _by_kernel(x):
+        return bias, None
+    return bias.detach(), bias
 
 
 def join_rotated_back(
@@ -96,8 +120,10 @@ class _SplitAndRotate(torch.autograd.Function):
     """The gradient of all three is written once, as one tensor: autograd's own would fill and add three."""
 
     @staticmethod
-    def forward(ctx: Any, grouped: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
+    def forward(
+        ctx: Any, grouped: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin, bias)
         value = grouped[..., -1, :]
         if _by_kernel(grouped):
             from chiar_megatron.operators.kernels import rotary
@@ -110,9 +136,10 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Any, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, sin, bias = ctx.saved_tensors
         if not _by_kernel(grad_query):
-            return join_rotated_back(grad_query, grad_key, grad_value, cos, sin), None, None
+            assert bias is None, "see bias_for_split"
+            return join_rotated_back(grad_query, grad_key, grad_value, cos, sin), None, None, None
         from chiar_megatron.operators.kernels import rotary
 
         grads = (
@@ -120,8 +147,8 @@ class _SplitAndRotate(torch.autograd.Function):
             _five(grad_key[..., None, :])[..., 0, :],
             _five(grad_value[..., None, :])[..., 0, :],
         )
-        joined = rotary.join_rotated_back(*grads, cos.squeeze(-2), sin.squeeze(-2))
-        return joined.view(*grad_query.shape[:-2], *joined.shape[-2:]), None, None
+        joined, of_bias = rotary.join_rotated_back(grads, cos.squeeze(-2), sin.squeeze(-2), bias)
+        return joined.view(*grad_query.shape[:-2], *joined.shape[-2:]), None, None, of_bias
 
 
 def _by_kernel(x: Tensor) -> bool:

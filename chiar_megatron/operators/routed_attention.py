@@ -46,24 +46,28 @@ def routed_attention(
 def rotated_attention(
     q_RND: Tensor,
     kv_KGYD: Tensor,
-    angles: tuple[Tensor, Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
     ranges: tuple[Tensor, Tensor],
     dropout_p: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`routed_attention` of queries and keys not yet rotated; `[R, n, d]`.
 
-    kv_KGYD: keys and values `[K, g, 2, d]`. angles: cos and sin `[R, d/2]` of the rows, then `[K, d/2]` of
-    the keys, or `[s, d/2]` where K tokens are sequences of s. ranges: first and last key of each row.
+    kv_KGYD: keys and values `[K, g, 2, d]`. angles: cos and sin of the keys, float32 `[K, d/2]`, or of one
+    sequence `[s, d/2]` of them. ranges: first and last key of each row, which stands where the latter does.
+    bias: `[g·(n/g + 2)·d]` in Megatron's layout, which queries, keys and values have been given without a
+    gradient (`bias_for_split`): its gradient is taken here.
     """
     if kernels_available(q_RND.device) and q_RND.dtype in (torch.bfloat16, torch.float16):
         from chiar_megatron.operators.kernels import rotated_attention as kernel
 
         return kernel.rotated_attention(
-            q_RND, kv_KGYD, kernel.Angles(*angles), ranges, dropout_p, _seed(q_RND, dropout_p)
+            q_RND, kv_KGYD, angles, ranges, dropout_p, _seed(q_RND, dropout_p), bias
         )
-    cos_R, sin_R, *of_keys = angles
-    cos_K, sin_K = (table.repeat(len(kv_KGYD) // max(1, len(table)), 1)[:, None] for table in of_keys)
-    query_RND = rotate(q_RND, cos_R[:, None], sin_R[:, None])
+    assert bias is None, "see bias_for_split"
+    cos_K, sin_K = (table.repeat(len(kv_KGYD) // max(1, len(table)), 1)[:, None] for table in angles)
+    place_R = ranges[1].clamp_min(0).long()
+    query_RND = rotate(q_RND, cos_K[place_R], sin_K[place_R])
     _, key_KGD, value_KGD = split_and_rotate(kv_KGYD, cos_K, sin_K)
     return routed_attention(query_RND, key_KGD, value_KGD, *ranges, dropout_p)
 

@@ -29,15 +29,13 @@ def fused_update(
     norms: tuple[Any, Any],
     users: int,
 ) -> tuple[Tensor, ...]:
-    """`N(x + attended + bias)` for tokens with a row, `N(x + spectral_mixing(x))` for the others, [b, s, h],
+    """`N(x + attended + bias)` for tokens with a row, `N(x + spectral_mixing(x))` for the others, [N, h],
     once for each of 1 or 2 users.
 
-    tokens: x [b, s, h] and attended [R, h]. parameters: filter and bias [h]. norms (by `Norm`): that of
+    tokens: x [N, h] and attended [R, h]. parameters: filter and bias [h]. norms (by `Norm`): that of
     tokens without a row, then that of those with one.
     """
     from chiar_megatron.operators.kernels.routed_update import UpdateParameters, routed_update
 
-    x_BSH, attended_RH = tokens
     own = UpdateParameters(*parameters, *map(norm_parameters, norms))
-    outputs = routed_update(x_BSH.flatten(0, 1), attended_RH, rows, own, users)
-    return tuple(out_NH.view(x_BSH.shape) for out_NH in outputs)
+    return routed_update(*tokens, rows, own, users)

@@ -24,7 +24,9 @@ class TokenRows:
     has_row_N: bool.
     rest_N, rest_count: int32, the tokens without a row, as many as rest_count `[1]` says; None where nobody
         has counted them.
-    wanted: int64 `[]`, how many tokens were to have a row, before any cut; None where nobody has counted.
+    wanted: float64 `[]`, how many tokens were to have a row, before any cut; None where nobody has counted.
+    tally: float64 `[4]`, that number, how many of them found no row, and the sums of all tokens' scores and
+        of the scores' squares; None where nobody has counted.
     """
 
     index_R: Tensor
@@ -34,6 +36,7 @@ class TokenRows:
     rest_N: Tensor | None = None
     rest_count: Tensor | None = None
     wanted: Tensor | None = None
+    tally: Tensor | None = None
 
 
 def rows_of(chosen_N: Tensor, capacity: int | None = None, wanted: Tensor | None = None) -> TokenRows:

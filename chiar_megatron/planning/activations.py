@@ -8,10 +8,10 @@ With c context-parallel ranks a rank has 1/c of the tokens but for their attenti
 rows, keys and values of 1/c of the heads: as many numbers, plus the copies of key-value groups that do not go
 round. The transfers keep nothing of their own, but what arrives from them is another tensor than what was
 sent: an output is kept by attention, which has some heads of all rows, and by the projection, which has all
-heads of own rows (min(R, tokens / c), used or not). Numbers and angles of rows are those of the whole
-micro-batch on every rank. What passes through the transfers of attention's backward pass is taken to be less
-than what does in the feed-forward layer's. Counted so by reading, and checked against what autograd keeps on
-a CPU; buffers of NCCL are not torch's, and not counted.
+heads of own rows (min(R, tokens / c), used or not). Numbers of rows, and angles of keys that are rows, are
+those of the whole micro-batch on every rank. What passes through the transfers of attention's backward pass
+is taken to be less than what does in the feed-forward layer's. Counted so by reading, and checked against
+what autograd keeps on a CPU; buffers of NCCL are not torch's, and not counted.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ActivationModel:
 
     def _rows(self, sizes: Sizes, rows: float, keys: float) -> float:
         """rows, keys: as shares of the tokens. The rows themselves; their rotated queries, output and its
-        logsumexp; keys and values, and keys rotated; numbers and angles of rows."""
+        logsumexp; keys and values, and keys rotated; numbers of rows, and angles of keys that are rows."""
         parallel, e = self.config.parallel, self.element
         tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
         heads = self.config.model.num_attention_heads
@@ -146,7 +146,9 @@ class ActivationModel:
             own = min(1.0, rows * context)
             widths += own * sizes.query_width
             numbers += _PLACE * (rows + own) * context
-        numbers += rows * context * (4 * sizes.query_width / heads + 8)  # cosines and sines, ranges of keys
+        routed_keys = self.config.model.router.keys_values == "routed"
+        angles = 4 * sizes.query_width / heads if routed_keys else 0  # else those of the sequence
+        numbers += rows * context * (angles + 8)  # and ranges of keys
         return (widths * e + rows * heads * 4) / tensor + own * sizes.h * e + numbers
 
     def _copies(self) -> int:
@@ -167,7 +169,7 @@ class ActivationModel:
         kept = self._rows(sizes, rows, rows if routed_keys else 1.0)
         if parallel.sequence_parallel and not routed_keys:
             kept += sizes.h * e  # all tokens, gathered for keys and values
-        kept += self._gate(token, compiled)
+        kept += self._gate(token)
         fused = holds_whole_layers(parallel) and e == 2 and has_fixed_rows(router)
         if self.config.model.norm == "pre":  # of both norms what is not cut into rows or gathered
             kept += token * (0 if routed_keys or parallel.sequence_parallel else 1) + _STATISTICS
@@ -179,19 +181,19 @@ class ActivationModel:
 
     def _all_operators(self, sizes: Sizes, token: float, compiled: bool) -> float:
         """Dense dispatch, soft and hard: each operator's sum before its norm; blends also their outputs,
-        which compiled code makes again, and the gate's float32 input."""
+        which compiled code makes again."""
         router = self.config.model.router
         operators = 3 if sizes.rbf else 2
         kept = self._attention(sizes) + operators * (token + _STATISTICS)
         if router.kind not in ("soft", "hard"):
-            return kept + self._gate(token, compiled)
+            return kept + self._gate(token)
         kept += 8 * token / self.element + (0 if compiled else operators * token)
         if sizes.rbf:
             kept += self._feed_forward(sizes, compiled) + token + 4 * sizes.rbf * 4
         return kept
 
-    def _gate(self, token: float, compiled: bool) -> float:
-        """Attention's output before its gate, and the score's input: float32, normalised."""
+    def _gate(self, token: float) -> float:
+        """Attention's output before its gate, and of the score two numbers a token."""
         if self.config.model.router.kind not in ("learned", "entropy_gated"):
             return 0.0
-        return token * (1 + (4 if compiled else 8) / self.element)
+        return token + 8

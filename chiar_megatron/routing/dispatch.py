@@ -31,18 +31,18 @@ def light_rows(
     """The rows of attention for one micro-batch's whole sequences: all light tokens at evaluation (a pure
     per-token threshold) and where decisions are forced, at most the capacity in training."""
     light_N = light_SB.transpose(0, 1).flatten()
-    wanted = light_N.sum()
     capacity = capacity_rows(config, len(light_N)) if training and not forced else None
     if capacity is None:
-        return rows_of(light_N, wanted=wanted)
+        return rows_of(light_N, wanted=light_N.sum(dtype=torch.float64))
     score_N = score_SB.transpose(0, 1).flatten()
     if not kernels_available(light_N.device):
+        wanted = light_N.sum(dtype=torch.float64)
         return rows_of(cut_to_capacity(light_N, score_N, capacity), capacity, wanted)
     from chiar_megatron.operators.kernels.select_rows import select_rows
 
-    kept_N, slot_N, index_R, rest_N, counts = select_rows(light_N, score_N, capacity)
+    kept_N, slot_N, index_R, rest_N, counts, tally = select_rows(light_N, score_N, capacity)
     valid_R = torch.arange(capacity, device=counts.device) < counts[0]
-    return TokenRows(index_R, valid_R, slot_N, kept_N, rest_N, counts[1:], wanted)
+    return TokenRows(index_R, valid_R, slot_N, kept_N, rest_N, counts[1:], tally[0], tally)
 
 
 def dispatch_dense(decision: RouteDecision, outputs_SBH: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from chiar_megatron.config.schema import RouterConfig
 from chiar_megatron.operators.context import ForwardContext, sequence_shard
-from chiar_megatron.operators.linear import Float32Linear
+from chiar_megatron.operators.linear import Float32Linear, normalised_score
+from chiar_megatron.operators.rows import as_rows, from_rows
 from chiar_megatron.routing.balance import ThresholdController
 from chiar_megatron.routing.decision import ATTENTION, RBF, SPECTRAL, RouteDecision
 from chiar_megatron.routing.entropy import spectral_entropy, token_entropy
@@ -173,8 +174,11 @@ class LinearScore(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 scores."""
-        x = F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
-        return self.linear(x).squeeze(-1)  # type: ignore[no-any-return]
+        weight_H, bias = self.linear.weight.squeeze(0), self.linear.bias.squeeze(0)
+        if x.dim() != 3:
+            return normalised_score(x, weight_H, bias)
+        rows_NH, swapped = as_rows(x)  # in the order that tokens have in memory
+        return from_rows(normalised_score(rows_NH, weight_H, bias), x, swapped)
 
 
 def build_router(

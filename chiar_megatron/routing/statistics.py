@@ -41,27 +41,32 @@ class RoutingStatistics:
     def add(self, decision: RouteDecision, kept_SB: Tensor, rows: TokenRows | None = None) -> None:
         """Count one micro-batch; kept_SB: bool, the light tokens that attention computes; rows: those of
         the whole micro-batch, None where every operator sees every token."""
-        score_SB = decision.score_SB.double()
-        entropy = decision.entropy_SB
-        tokens, light = decision.light_SB.numel(), decision.light_SB.sum().double()
+        tokens = decision.light_SB.numel()
+        light, overflow, score, square = _counted(decision, kept_SB, rows)
         executed, wanted = float(tokens), light
         if rows is not None:  # of which this rank's tokens have their share
             executed = len(rows.index_R) * tokens / len(rows.has_row_N)
-            wanted = light if rows.wanted is None else rows.wanted.double()
-        self.sums_F += torch.stack(
-            (
-                torch.full_like(self.sums_F[0], tokens),
-                light,
-                score_SB.sum(),
-                score_SB.square().sum(),
-                torch.zeros_like(self.sums_F[0]) if entropy is None else entropy.sum(dtype=torch.float64),
-                (decision.light_SB & ~kept_SB).sum().double(),
-                torch.full_like(self.sums_F[0], executed),
-            )
-        )
+            wanted = light if rows.wanted is None else rows.wanted
+        entropy = torch.zeros_like(score)
+        if decision.entropy_SB is decision.score_SB:
+            entropy = score
+        elif decision.entropy_SB is not None:
+            entropy = decision.entropy_SB.sum(dtype=torch.float64)
+        given = torch.full_like(score, tokens), torch.full_like(score, executed)
+        self.sums_F += torch.stack((given[0], light, score, square, entropy, overflow, given[1]))
         self.most_light.copy_(torch.maximum(self.most_light, wanted))
         # Not copied: whoever wants more of a step than sums looks at them after its backward pass.
         self.last_score_SB, self.last_light_SB = decision.score_SB.detach(), decision.light_SB
+
+
+def _counted(decision: RouteDecision, kept_SB: Tensor, rows: TokenRows | None) -> tuple[Tensor, ...]:
+    """float64 `[]` each, of this rank's tokens: how many are light, how many of those found no row, the sums
+    of all scores and of their squares. From the rows' own tally if it is of the same tokens."""
+    if rows is not None and rows.tally is not None and len(rows.has_row_N) == decision.light_SB.numel():
+        return rows.tally.unbind()
+    score_SB = decision.score_SB.double()
+    light, overflow = (x.sum(dtype=torch.float64) for x in (decision.light_SB, decision.light_SB & ~kept_SB))
+    return light, overflow, score_SB.sum(), score_SB.square().sum()
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def test_routed(h, share):
     n = 4099
     light = torch.rand(n, device="cuda") < share
     capacity = min(n, (int(light.sum()) // 64 + 2) * 64)
-    kept, slot, index, rest, counts = select_rows(light, torch.rand(n, device="cuda"), capacity)
+    kept, slot, index, rest, counts, _ = select_rows(light, torch.rand(n, device="cuda"), capacity)
     valid = torch.arange(capacity, device="cuda") < counts[0]
     rows = TokenRows(index, valid, slot, kept, rest, counts[1:])
     leaves = [leaf(n, h), leaf(capacity, h), leaf(h, shift=1.0), leaf(h)]

@@ -27,10 +27,13 @@ def test_agrees_with_sorting(levels, share, n):
     if levels:
         score_N = torch.randint(-levels, levels, (n,), device="cuda") / 7.0
     for capacity in (0, 1, n // 4, n):
-        kept_N, slot_N, index_R, rest_N, counts = select_rows(light_N, score_N, capacity)
+        kept_N, slot_N, index_R, rest_N, counts, tally = select_rows(light_N, score_N, capacity)
         expected_N = cut_to_capacity(light_N, score_N, capacity)
         rows = rows_of(expected_N, capacity)
         assert torch.equal(kept_N, expected_N)
         assert torch.equal(slot_N, rows.slot_N) and torch.equal(index_R, rows.index_R)
         assert counts.tolist() == [int(expected_N.sum()), int((~expected_N).sum())]
         assert torch.equal(rest_N[: counts[1]].long(), (~expected_N).nonzero().squeeze(1))
+        lights, scores = light_N.double(), score_N.double()
+        sums = [lights.sum(), (light_N & ~expected_N).double().sum(), scores.sum(), scores.square().sum()]
+        torch.testing.assert_close(tally, torch.stack(sums), rtol=1e-12, atol=1e-9)

@@ -87,10 +87,10 @@ def _run(config: RunConfig, tokens_BS: Tensor) -> Pass:
     work: list[Work] = []
     attend = attention.rotated_attention
 
-    def noted(q: Tensor, kv: Tensor, angles: Any, ranges: tuple[Tensor, Tensor], dropout: float) -> Tensor:
+    def noted(q: Tensor, kv: Tensor, angles: Any, ranges: tuple[Tensor, Tensor], *rest: Any) -> Tensor:
         used = int((ranges[1] >= ranges[0]).sum())
         work.append((q.shape[0], q.shape[1], kv.shape[0], used))
-        return attend(q, kv, angles, ranges, dropout)
+        return attend(q, kv, angles, ranges, *rest)
 
     attention.rotated_attention = noted
     try:

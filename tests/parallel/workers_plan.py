@@ -34,7 +34,7 @@ class _Keeps(torch.autograd.Function):
         raise AssertionError
 
 
-def _rotated_attention(q_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any, dropout: float) -> Tensor:
+def _rotated_attention(q_RND: Tensor, kv_KGYD: Tensor, angles: Any, ranges: Any, *_: Any) -> Tensor:
     """As `kernels/rotated_attention.py` saves: rotated queries, keys and values, rotated keys, output."""
     logsumexp = torch.empty(q_RND.shape[:2])
     turned = torch.empty_like(q_RND), torch.empty_like(kv_KGYD[:, :, 0])

@@ -16,14 +16,15 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from chiar_megatron.operators.kernels import spectral
+from chiar_megatron.operators.kernels.add_rows import add_rows
 from chiar_megatron.operators.kernels.bias_gelu import bias_gelu
 from chiar_megatron.operators.kernels.cross_entropy import cross_entropy
 from chiar_megatron.operators.kernels.residual_norm import NormParameters, residual_norm
-from chiar_megatron.operators.kernels.rotary import split_and_rotate
-from chiar_megatron.operators.kernels.rotated_attention import Angles, rotated_attention
+from chiar_megatron.operators.kernels.rotary import join_rotated_back, split_and_rotate
+from chiar_megatron.operators.kernels.rotated_attention import rotated_attention
 from chiar_megatron.operators.kernels.routed_update import UpdateParameters, routed_update
 from chiar_megatron.operators.kernels.select_rows import select_rows
-from chiar_megatron.operators.kernels.spectral import spectral_entropy, spectral_mixing
 from chiar_megatron.operators.rows import TokenRows
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -75,12 +76,16 @@ def check_launcher(kernel: Any) -> None:
 
 
 def attention(size: int) -> None:
-    """Of one head size, with its rotation, forward and backward."""
-    angles = Angles(*(torch.empty(length, size // 2) for length in (ROWS, ROWS, SEQUENCE, SEQUENCE)))
+    """Of one head size, with its rotation and a bias, forward and backward."""
+    angles = (torch.empty(SEQUENCE, size // 2), torch.empty(SEQUENCE, size // 2))
     ranges = (torch.zeros(ROWS, dtype=torch.int32), torch.zeros(ROWS, dtype=torch.int32))
-    out = rotated_attention(memory(ROWS, HEADS, size), memory(TOKENS, HEADS, 2, size), angles, ranges)
-    out.sum().backward()
-    split_and_rotate(memory(2, SEQUENCE, HEADS, 3, size), *angles[2:])
+    q, kv, bias = memory(ROWS, HEADS, size), memory(TOKENS, HEADS, 2, size), memory(HEADS * 3 * size)
+    rotated_attention(q, kv, angles, ranges, bias=bias).sum().backward()
+    parts = (
+        *split_and_rotate(memory(2, SEQUENCE, HEADS, 3, size), *angles),
+        memory(2, SEQUENCE, HEADS, size),
+    )
+    join_rotated_back((parts[0], parts[1], parts[2]), *angles, bias)
 
 
 def tokens() -> None:
@@ -90,11 +95,14 @@ def tokens() -> None:
     bias_gelu(x, bias).sum().backward()
     residual_norm(x, x, bias, norm)[0].sum().backward()
     cross_entropy(x, torch.zeros(TOKENS, dtype=torch.int64), WIDTH, 0.0)[0].sum().backward()
-    spectral_mixing(x, weight).sum().backward()
-    spectral_entropy(x.detach())
+    spectral._products = lambda *_: "tf32"  # as on a GPU, where these tensors are not
+    spectral.spectral_mixing(x, weight).sum().backward()
+    spectral.spectral_entropy(x.detach())
+    spectral.entropy_and_mixing(x.detach(), weight.detach())
     light, scores = torch.zeros(TOKENS, dtype=torch.bool), torch.empty(TOKENS)
-    kept, slot, index, rest, counts = select_rows(light, scores, ROWS)
+    kept, slot, index, rest, counts, _ = select_rows(light, scores, ROWS)
     rows = TokenRows(index, torch.zeros(ROWS, dtype=torch.bool), slot, kept, rest, counts[1:])
+    add_rows(x.detach(), memory(ROWS, WIDTH).detach(), index, rows.valid_R)
     parameters = UpdateParameters(weight, bias, norm, norm)
     routed_update(x, memory(ROWS, WIDTH), rows, parameters)[0].sum().backward()
 

@@ -145,6 +145,8 @@ def test_rotary_positions_keep_lengths_and_depend_on_distance_alone():
     assert not torch.allclose(scores.diagonal(0)[0], scores.diagonal(-3)[0], atol=1e-2)
     assert torch.equal(rotate(q[7:9], *rotary(positions[7:9], 9))[:, 0], turned_q[7:9])
     assert rotate(q.bfloat16(), *rotary(positions, 30)).dtype == torch.bfloat16
+    of_stretch = rotary.stretch(7, 70, torch.device("cpu"))  # grows again
+    assert all(map(torch.equal, of_stretch, rotary(torch.arange(7, 70), 70)))
 
 
 def test_gradients_are_those_of_the_definition():

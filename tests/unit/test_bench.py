@@ -8,13 +8,16 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from chiar_megatron.bench import attention_cases, baselines, spectral, step, step_check
 from chiar_megatron.bench.checks import Checks, WrongResult, relative_error
 from chiar_megatron.bench.commands import add_bench_arguments, run_bench
+from chiar_megatron.bench.profile import STEPS, gap_lines
 from chiar_megatron.bench.record import format_table, plain
 from chiar_megatron.bench.step_config import StepSettings, twin_config
 from chiar_megatron.bench.step_sides import PlainSettings, RandomStream
@@ -294,3 +297,18 @@ def test_the_options_need_no_torch():
     code = "import sys, argparse; from chiar_megatron.bench.commands import add_bench_arguments as add; "
     code += "add(argparse.ArgumentParser()); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_gaps_between_kernels_are_added_up_whatever_their_streams():
+    def event(key, start, end, device_type=DeviceType.CUDA):
+        return SimpleNamespace(
+            key=key, time_range=SimpleNamespace(start=start, end=end), device_type=device_type
+        )
+
+    events = [event("a", 0, 100), event("b", 3100, 3200), event("c", 3150, 5200), event("b", 5200, 5300)]
+    head, *lines = gap_lines([*events, event("c", 7300, 7400), event("host", 200, 300, DeviceType.CPU)])
+    assert head.startswith(f"{5 / STEPS:.2f} ms a step between {5 / STEPS:.0f} kernels")  # 2.5 rounds to 2
+    assert [line.split() for line in lines] == [
+        [f"{3 / STEPS:.3f}", "ms", f"{1 / STEPS:.1f}x", "b"],
+        [f"{2 / STEPS:.3f}", "ms", f"{1 / STEPS:.1f}x", "c"],
+    ]

@@ -104,7 +104,7 @@ def test_unused_rows_have_no_gradient_and_ops_keep_their_contract():
     assert not attended.grad[3:].any() and attended.grad[:3].abs().sum(1).all()
     ops, checks = torch.ops.chiar_megatron, ("test_schema", "test_faketensor")
     x, attended, filters, bias = (t.detach() for t in (x, attended, filters, bias))
-    places = [rows.slot_N, rows.has_row_N, rows.valid_R, rows.rest_N, rows.rest_count]
+    places = [rows.slot_N, rows.has_row_N, rows.index_R, rows.valid_R, rows.rest_N, rows.rest_count]
     four = [p.detach() for norm in norms for p in norm[:2]]
     for op, arguments in [
         (ops.residual_norm, (x, x, bias, *four[:2], EPS)),

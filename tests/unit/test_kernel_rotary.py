@@ -25,4 +25,10 @@ def test_agrees_with_plain_pytorch(b, s, g, r, d):
     torch.testing.assert_close(found, (query.detach(), key.detach()))
     grads = [torch.randn_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
     expected = plain.join_rotated_back(*grads, cos[:, None], sin[:, None])
-    torch.testing.assert_close(kernel.join_rotated_back(*grads, cos, sin), expected)
+    joined, none = kernel.join_rotated_back(grads, cos, sin, None)
+    assert none is None
+    torch.testing.assert_close(joined, expected)
+    bias = torch.empty(g * (r + 2) * d, dtype=torch.float64)
+    joined, of_bias = kernel.join_rotated_back(grads, cos, sin, bias)
+    torch.testing.assert_close(joined, expected)
+    torch.testing.assert_close(of_bias, expected.sum((0, 1)).flatten().double(), atol=1e-4, rtol=1e-5)

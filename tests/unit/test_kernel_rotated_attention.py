@@ -27,18 +27,23 @@ def test_values_and_gradients(b, s, n, g, d, routed):
     if routed:
         first, last = torch.searchsorted(token, first), torch.arange(R)
     first[len(token) :], last[len(token) :] = 0, -1
-    of_rows = angle[index % s]
-    angles = (of_rows.cos(), of_rows.sin()) * 2 if routed else (of_rows.cos(), of_rows.sin(), *both(angle))
+    angles = both(angle[index % s] if routed else angle)
     K = R if routed else b * s
     q = torch.randn(R, n, d, generator=generator, requires_grad=True)
     kv = torch.randn(K, g, 2, d, generator=generator, requires_grad=True)
     ranges = first.int(), last.int()
     grad = torch.randn(R, n, d, generator=generator)
-    found = kernel.rotated_attention(q, kv, kernel.Angles(*angles), ranges)
+    found = kernel.rotated_attention(q, kv, angles, ranges)
     expected = plain.rotated_attention(q, kv, angles, ranges)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     found, expected = (torch.autograd.grad(out, (q, kv), grad) for out in (found, expected))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    bias = torch.zeros((n + 2 * g) * d, requires_grad=True)
+    out = kernel.rotated_attention(q, kv, angles, ranges, bias=bias)
+    dq, dkv, of_bias = torch.autograd.grad(out, (q, kv, bias), grad)
+    assert torch.equal(dq, found[0]) and torch.equal(dkv, found[1])
+    by_group = torch.cat((dq.sum(0).view(g, -1), dkv.sum(0).view(g, -1)), dim=1)
+    torch.testing.assert_close(of_bias, by_group.flatten(), atol=5e-5, rtol=1e-5)
 
 
 def both(angle):
@@ -49,12 +54,13 @@ def test_ops_keep_their_contract():
     q, kv = torch.randn(3, 2, 8), torch.randn(4, 1, 2, 8)
     table = torch.rand(4, 4)
     ranges = [torch.tensor([0, 0, 0], dtype=torch.int32), torch.tensor([1, 3, -1], dtype=torch.int32)]
-    angles = [table[:3], table[:3], table, table]
+    angles = [table, table]
     ops, checks = torch.ops.chiar_megatron, ("test_schema", "test_faketensor")
     saved = ops.rotated_attention(q, kv, ranges, angles, None, 0.0)
     for op, arguments in [
         (ops.rotated_attention, (q, kv, ranges, angles, None, 0.0)),
-        (ops.rotated_attention_backward, (q, kv, list(saved), ranges, angles, None, 0.0)),
+        (ops.rotated_attention_backward, (q, kv, list(saved), ranges, angles, None, 0.0, None)),
+        (ops.rotated_attention_backward, (q, kv, list(saved), ranges, angles, None, 0.0, torch.ones(32))),
     ]:
         results = torch.library.opcheck(op, arguments, test_utils=checks)
         assert set(results.values()) == {"SUCCESS"}, results

@@ -164,7 +164,7 @@ def test_light_rows_against_light_rows():
 
 @triton.jit
 def ranges_kernel(first_ptr, last_ptr, out_ptr, R, ROWS: tl.constexpr):
-    _, _, low, mid, mid_stop, stop = tiles.key_range(first_ptr, last_ptr, tl.arange(0, ROWS), R)
+    _, _, low, mid, mid_stop, stop = tiles.key_range(first_ptr, last_ptr, 0, R, ROWS)
     tl.store(out_ptr, low)
     tl.store(out_ptr + 1, mid)
     tl.store(out_ptr + 2, mid_stop)

@@ -137,7 +137,7 @@ def test_entropy_at_its_limits(precision):
 def test_bfloat16_entropy_puts_nearly_all_tokens_on_the_right_side_of_the_median():
     x = normal(2000, 1024, dtype=torch.bfloat16)
     expected = entropy_by_scipy(x)
-    entropy = spectral.spectral_entropy(x, tuning=spectral.Tuning(64, 4, 1, 1, 0)).double().numpy()
+    entropy = spectral.spectral_entropy(x, tuning=spectral.Tuning(4, 1, 1, 0)).double().numpy()
     assert ((entropy > np.median(expected)) == (expected > np.median(expected))).mean() >= 0.99
 
 
@@ -148,8 +148,8 @@ def test_tunings_agree_and_a_gradient_may_be_expanded():
     expected = mixing_in_float64(x, w, torch.ones(37, 96), torch.arange(37))
     for actual, right in zip([y, x.grad, w.grad], expected, strict=True):
         assert_close(actual, right, 1e-5)
-    for rows in (1, 16, 64):
-        tuned = spectral.spectral_mixing(x, w, precision="ieee", tuning=spectral.Tuning(rows, 4, 1, 1, 0))
+    for programs in (1, 7):  # the interpreter's are at most three
+        tuned = spectral.spectral_mixing(x, w, precision="ieee", tuning=spectral.Tuning(4, 1, programs, 0))
         assert_close(tuned, y.detach().double(), 1e-6)
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from chiar_megatron.config.schema import RouterConfig
 from chiar_megatron.operators.context import ForwardContext
+from chiar_megatron.operators.linear import normalised_score
 from chiar_megatron.routing.decision import ATTENTION, RBF, SPECTRAL, RouteDecision
 from chiar_megatron.routing.dispatch import dispatch_dense
 from chiar_megatron.routing.router import RandomRouter, Router, blend_entropy, build_router
@@ -281,3 +283,24 @@ def test_scores_are_float32_in_a_bfloat16_model(kind):
     exact = build(0.5, kind=kind)
     exact.load_state_dict(router.state_dict())
     torch.testing.assert_close(decision.score_SB, exact(x.float(), ForwardContext(), WHOLE).score_SB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalised_scores_are_a_linear_layers_behind_a_norm(dtype):
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 3, 33), (33,)))
+    inputs = [x.requires_grad_(), weight.requires_grad_(), torch.tensor(0.3, dtype=dtype, requires_grad=True)]
+    wide = [y.detach().double().requires_grad_() for y in inputs]
+    expected = F.rms_norm(wide[0], (33,), eps=1e-6) @ wide[1] + wide[2]
+    found = normalised_score(*inputs)
+    grad = torch.randn(5, 3, generator=generator)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    bounds = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, grad),
+        torch.autograd.grad(expected, wide, grad.double()),
+        strict=True,
+    ):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, **bounds)

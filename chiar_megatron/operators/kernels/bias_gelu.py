@@ -2,7 +2,7 @@
 
 Exact GELU, `x Φ(x)`. Torch's erf takes about 40 instructions an element, which on Hopper lasts longer than
 reading and writing it; here the normal distribution's tail is 7.1.26 of Abramowitz and Stegun (absolute error
-7.5e-8), whose one exponential is also the derivative's density.
+7.5e-8), whose one exponential is also the derivative's density: 16 instructions forward, 22 backward.
 """
 
 # Kernels are Triton's language, not typed Python.
@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chiar_megatron.operators.kernels.column_sums import column_sums
+
 # Best of a sweep on one H200 (bf16, 32768 x 4096).
 COLS, FORWARD_ROWS, BACKWARD_ROWS = 1024, 8, 2  # of a tile
-BLOCKS = 4  # tiles, one below the other, of a program of the forward pass
+BLOCKS = 2  # tiles, one below the other, of a program of the forward pass
 CHUNKS = 256  # of the rows in the backward pass, each with sums of its own
 
 
@@ -29,17 +31,29 @@ def bias_gelu(x_NF: Tensor, bias_F: Optional[Tensor]) -> Tensor:
 
 
 @triton.jit
-def _tail_and_bell(u):
-    """Φ(-|u|), and exp(-u²/2)."""
-    t = 1.0 / (1.0 + 0.23164189 * tl.abs(u))
-    bell = tl.exp(-0.5 * u * u)
-    series = 0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)
-    return t * (0.127414796 + t * (-0.142248368 + t * series)) * bell, bell
+def _approximate(x, INSTRUCTION: tl.constexpr):
+    """By one instruction. What Triton makes of `1 / x` and `exp2(x)` takes care of subnormal numbers, at
+    three to five instructions more each."""
+    return tl.inline_asm_elementwise(
+        INSTRUCTION + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def _forward_kernel(tensors, N, F, BIASED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-                    BLOCKS: tl.constexpr):  # fmt: skip
+def _share_and_bell(u, COMPILED: tl.constexpr):
+    """Φ(-|u|) / exp(-u²/2), and exp(-u²/2)."""
+    denominator, exponent = 1.0 + 0.23164189 * tl.abs(u), u * u * -0.7213475204
+    if COMPILED:
+        t, bell = _approximate(denominator, "rcp"), _approximate(exponent, "ex2")
+    else:
+        t, bell = 1.0 / denominator, tl.exp2(exponent)
+    series = 0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)
+    return t * (0.127414796 + t * (-0.142248368 + t * series)), bell
+
+
+@triton.jit
+def _forward_kernel(tensors, N, F, BIASED: tl.constexpr, COMPILED: tl.constexpr, ROWS: tl.constexpr,
+                    COLS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     x_ptr, bias_ptr, y_ptr = tensors
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     bias = tl.load(bias_ptr + col, mask=col < F, other=0.0).to(tl.float32) if BIASED else 0.0
@@ -48,13 +62,14 @@ def _forward_kernel(tensors, N, F, BIASED: tl.constexpr, ROWS: tl.constexpr, COL
         inside = (row < N) & (col < F)
         place = row.to(tl.int64) * F + col
         u = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) + bias
-        tail, _ = _tail_and_bell(u)
-        y = u * tl.where(u < 0, tail, 1.0 - tail)
+        share, bell = _share_and_bell(u, COMPILED)
+        y = tl.maximum(u, 0.0) - tl.abs(u) * (share * bell)  # u Φ(u), and Φ(u) = 1 - Φ(-u)
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward_kernel(tensors, N, F, BIASED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _backward_kernel(tensors, N, F, BIASED: tl.constexpr, COMPILED: tl.constexpr, ROWS: tl.constexpr,
+                     COLS: tl.constexpr):  # fmt: skip
     """dx, and the sums of its columns over this program's rows [chunks, F]."""
     grad_ptr, x_ptr, bias_ptr, dx_ptr, sums_ptr = tensors
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
@@ -66,13 +81,18 @@ def _backward_kernel(tensors, N, F, BIASED: tl.constexpr, ROWS: tl.constexpr, CO
         place = row.to(tl.int64) * F + col
         u = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) + bias
         grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        tail, bell = _tail_and_bell(u)
-        dx = grad * (tl.where(u < 0, tail, 1.0 - tail) + 0.3989422804 * u * bell)
+        share, bell = _share_and_bell(u, COMPILED)
+        below = bell * (share - 0.3989422804 * tl.abs(u))  # the derivative at -|u|
+        dx = grad * tl.where(u < 0, below, 1.0 - below)
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if BIASED:
             sums += dx
     if BIASED:
         tl.store(sums_ptr + tl.program_id(1) * F + col, tl.sum(sums, 0)[None, :], mask=col < F)
+
+
+# The interpreter knows no machine instructions.
+COMPILED = isinstance(_forward_kernel, triton.JITFunction)
 
 
 @torch.library.custom_op("chiar_megatron::bias_gelu", mutates_args=())
@@ -82,13 +102,15 @@ def _forward_op(x: Tensor, bias: Optional[Tensor]) -> Tensor:
     if x.numel():
         grid = (triton.cdiv(f, COLS), triton.cdiv(n, FORWARD_ROWS * BLOCKS))
         tensors = (x, x if bias is None else bias, y)
-        _forward_kernel[grid](tensors, n, f, bias is not None, FORWARD_ROWS, COLS, BLOCKS, num_warps=4)
+        _forward_kernel[grid](
+            tensors, n, f, bias is not None, COMPILED, FORWARD_ROWS, COLS, BLOCKS, num_warps=4
+        )
     return y
 
 
 @torch.library.custom_op("chiar_megatron::bias_gelu_backward", mutates_args=())
 def _backward_op(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    """Gradients to x, and to the bias in float32 (without one: empty)."""
+    """Gradients to x and to the bias (without one: empty)."""
     grad, x = grad.contiguous(), x.contiguous()
     n, f = x.shape
     chunks, biased = min(CHUNKS, triton.cdiv(n, BACKWARD_ROWS)), bias is not None
@@ -97,9 +119,9 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> tuple[Tenso
     if x.numel():
         tensors = (grad, x, bias if biased else x, dx, sums)
         _backward_kernel[triton.cdiv(f, COLS), chunks](
-            tensors, n, f, biased, BACKWARD_ROWS, COLS, num_warps=4
+            tensors, n, f, biased, COMPILED, BACKWARD_ROWS, COLS, num_warps=4
         )
-    return dx, sums.sum(0)
+    return dx, column_sums(sums, x.dtype if bias is None else bias.dtype)
 
 
 @_forward_op.register_fake
@@ -109,7 +131,7 @@ def _(x: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 @_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -123,4 +145,4 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         x, bias = ctx.saved_tensors
         dx, sums = _backward_op(grad, x, bias)
-        return dx, None if bias is None else sums.to(bias.dtype)
+        return dx, None if bias is None else sums

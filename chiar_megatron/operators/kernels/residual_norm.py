@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chiar_megatron.operators.kernels.column_sums import column_sums
+
 WIDEST = 16384  # elements of a token, padded to a power of two: one program holds them all
 # Programs where there are no multiprocessors: the interpreter's few blocks then share programs too.
 INTERPRETED_PROGRAMS = 3
@@ -34,11 +36,14 @@ class NormParameters(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where tokens find their rows: `TokenRows` without what only others need."""
+    """Where tokens find their rows, and which tokens there are of either kind: from `TokenRows`."""
 
     slot_N: Tensor
     has_row_N: Tensor
+    index_R: Tensor
     valid_R: Tensor
+    rest_N: Tensor
+    rest_count: Tensor
 
 
 class Tuning(NamedTuple):
@@ -50,8 +55,8 @@ class Tuning(NamedTuple):
     programs: int
 
 
-# Best of a sweep on one H100 (bf16, 32768 x 1024): forward, backward of one norm, backward of two.
-FORWARD, BACKWARD, ROUTED_BACKWARD = Tuning(1024, 1, 16), Tuning(1024, 2, 8), Tuning(1024, 1, 8)
+# Best of sweeps (bf16, 32768 x 1024) on one H100 and, backward, on one H200.
+FORWARD, BACKWARD = Tuning(1024, 1, 16), Tuning(1024, 1, 8)
 
 
 def residual_norm(
@@ -139,70 +144,89 @@ def norm_forward_kernel(
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _token_gradient(tensors, token, here, weight, eps, flags: tl.constexpr, H: tl.constexpr,
+                    WIDTH: tl.constexpr):  # fmt: skip
+    """Of some tokens [rows, 1], where `here`: du, the output's gradient, the normalised sum, all
+    [rows, WIDTH] float32, and where in memory they are."""
+    grad_ptr, more_ptr, u_ptr = tensors
+    CENTRED: tl.constexpr = flags[1]
+    TWICE: tl.constexpr = flags[3]
+    col = tl.arange(0, WIDTH)[None, :]
+    inside = here & (col < H)
+    place = token.to(tl.int64) * H + col
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if TWICE:
+        grad += tl.load(more_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    plain, scale = _normalised(u, inside, H, eps, CENTRED)
+    weighted = grad * weight
+    if CENTRED:  # both sums at once: threads wait for each other once
+        along, total = tl.reduce((weighted * plain, weighted), 1, _add_both)
+        du = weighted - plain * (along / H)[:, None] - (total / H)[:, None]
+    else:
+        du = weighted - plain * (tl.sum(weighted * plain, 1) / H)[:, None]
+    return tl.where(inside, du * scale, 0.0), grad, plain, place
+
+
+@triton.jit
 def norm_backward_kernel(
     tensors, norms, out_tensors, numbers, flags: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """du of all tokens, of the light ones as rows too, and this program's sums [programs, 3 or 5, H]: the
-    gradients of weight and shift of the dark tokens' norm, those of the light ones', of the bias."""
-    grad_ptr, more_ptr, u_ptr, slot_ptr, kept_ptr, valid_ptr = tensors
-    dark_weight, light_weight = norms
+    gradients of weight and shift of the dark tokens' norm, those of the light ones', of the bias.
+
+    Routed, it goes through the dark tokens and then through the rows: sums of one kind at a time, which
+    registers can hold.
+    """
+    gradient = tensors[:3]
+    index_ptr, valid_ptr, rest_ptr, count_ptr = tensors[3:]
     du_ptr, rows_ptr, sums_ptr = out_tensors
     N, R, eps = numbers
     ROUTED: tl.constexpr = flags[0]
-    CENTRED: tl.constexpr = flags[1]
-    TWICE: tl.constexpr = flags[3]
     LINES: tl.constexpr = 5 if ROUTED else 3
     col = tl.arange(0, WIDTH)[None, :]
-    weight = _row(dark_weight, col, H, True)
+    weight = _row(norms[0], col, H, True)
     by_weight = tl.zeros((1, WIDTH), tl.float32)
     by_shift, by_bias = by_weight, by_weight
     if ROUTED:
-        other_weight = _row(light_weight, col, H, True)
-        light_by_weight, light_by_shift = by_weight, by_weight
+        N = tl.load(count_ptr)
     for block in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         token = (block * ROWS + tl.arange(0, ROWS))[:, None]
-        inside = (token < N) & (col < H)
-        place = token.to(tl.int64) * H + col
-        grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        if TWICE:
-            grad += tl.load(more_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(u_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        plain, scale = _normalised(u, inside, H, eps, CENTRED)
+        here = token < N
         if ROUTED:
-            light = tl.load(kept_ptr + token, mask=token < N, other=0) != 0
-            slot = tl.load(slot_ptr + token, mask=token < N, other=0).to(tl.int64)
-            weighted = grad * tl.where(light, other_weight, weight)
-            light_grad = tl.where(light, grad, 0.0)
-            light_by_weight += tl.sum(light_grad * plain, 0)[None, :]
-            light_by_shift += tl.sum(light_grad, 0)[None, :]
-        else:
-            weighted = grad * weight
-        # Of all tokens; the light ones' part is taken off at the end.
+            token = tl.load(rest_ptr + token, mask=here, other=0)
+        du, grad, plain, place = _token_gradient(gradient, token, here, weight, eps, flags, H, WIDTH)
+        tl.store(du_ptr + place, du.to(du_ptr.dtype.element_ty), mask=here & (col < H))
         by_weight += tl.sum(grad * plain, 0)[None, :]
         by_shift += tl.sum(grad, 0)[None, :]
-        du = weighted - plain * (tl.sum(weighted * plain, 1) / H)[:, None]
-        if CENTRED:
-            du -= (tl.sum(weighted, 1) / H)[:, None]
-        du = tl.where(inside, du * scale, 0.0)
-        by_bias += tl.sum(tl.where(light, du, 0.0) if ROUTED else du, 0)[None, :]
-        rounded = du.to(du_ptr.dtype.element_ty)
-        tl.store(du_ptr + place, rounded, mask=inside)
-        if ROUTED:
-            tl.store(rows_ptr + slot * H + col, rounded, mask=inside & light)
+        if not ROUTED:
+            by_bias += tl.sum(du, 0)[None, :]
     sums = sums_ptr + tl.program_id(0) * LINES * H + col
-    if ROUTED:
-        by_weight -= light_by_weight
-        by_shift -= light_by_shift
-        tl.store(sums + 2 * H, light_by_weight, mask=col < H)
-        tl.store(sums + 3 * H, light_by_shift, mask=col < H)
-        for block in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
-            row = (block * ROWS + tl.arange(0, ROWS))[:, None]
-            unused = tl.load(valid_ptr + row, mask=row < R, other=1) == 0
-            empty = tl.zeros((ROWS, WIDTH), du_ptr.dtype.element_ty)
-            tl.store(rows_ptr + row.to(tl.int64) * H + col, empty, mask=unused & (col < H))
     tl.store(sums, by_weight, mask=col < H)
     tl.store(sums + H, by_shift, mask=col < H)
+    if ROUTED:
+        weight = _row(norms[1], col, H, True)
+        by_weight = tl.zeros((1, WIDTH), tl.float32)
+        by_shift, by_bias = by_weight, by_weight
+        for block in range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
+            row = (block * ROWS + tl.arange(0, ROWS))[:, None]
+            used = tl.load(valid_ptr + row, mask=row < R, other=0) != 0
+            token = tl.load(index_ptr + row, mask=used, other=0)
+            du, grad, plain, place = _token_gradient(gradient, token, used, weight, eps, flags, H, WIDTH)
+            rounded = du.to(du_ptr.dtype.element_ty)
+            tl.store(du_ptr + place, rounded, mask=used & (col < H))
+            tl.store(rows_ptr + row.to(tl.int64) * H + col, rounded, mask=(row < R) & (col < H))
+            by_weight += tl.sum(grad * plain, 0)[None, :]
+            by_shift += tl.sum(grad, 0)[None, :]
+            by_bias += tl.sum(du, 0)[None, :]
+        tl.store(sums + 2 * H, by_weight, mask=col < H)
+        tl.store(sums + 3 * H, by_shift, mask=col < H)
     tl.store(sums + (LINES - 1) * H, by_bias, mask=col < H)
 
 
@@ -238,16 +262,16 @@ def norm_forward(
 def norm_backward(
     grads: Sequence[Tensor], u: Tensor, source: Optional[Source], norms: list[NormParameters]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du [N, H], the same as rows [R, H], and the sums [2 a norm and 1, H] in float32; grads: of one user of
-    the output or of two, contiguous."""
+    """du [N, H], the same as rows [R, H], and the sums [2 a norm and 1, H] in the parameters' dtype; grads:
+    of one user of the output or of two, contiguous."""
     du, first, last = torch.empty_like(u), norms[0], norms[-1]
     R = 0 if source is None else len(source.valid_R)
     rows = u.new_empty(R, u.shape[1])
-    programs, options = _launch(u, BACKWARD if source is None else ROUTED_BACKWARD)
+    programs, options = _launch(u, BACKWARD)
     sums = torch.empty(programs, 2 * len(norms) + 1, u.shape[1], dtype=torch.float32, device=u.device)
-    places = (u, u, u)
+    places = (u, u, u, u)
     if source is not None:
-        places = (source.slot_N, source.has_row_N.view(torch.int8), source.valid_R.view(torch.int8))
+        places = (source.index_R, source.valid_R.view(torch.int8), source.rest_N, source.rest_count)
     if programs:
         norm_backward_kernel[(programs,)](
             (grads[0], grads[-1], u, *places),
@@ -257,7 +281,7 @@ def norm_backward(
             _flags(source, first, None, len(grads)),
             **options,
         )
-    return du, rows, sums.sum(0)
+    return du, rows, column_sums(sums, first.weight.dtype)
 
 
 def _flags(
@@ -305,8 +329,8 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_backward_op.register_fake
-def _(grads: Sequence[Tensor], u: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), u.new_empty(3, u.shape[1], dtype=torch.float32)
+def _(grads: Sequence[Tensor], u: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), weight.new_empty(3, u.shape[1])
 
 
 class _ResidualNorm(torch.autograd.Function):

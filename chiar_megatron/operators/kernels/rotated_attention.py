@@ -1,54 +1,43 @@
-"""`routed_attention` together with the rotation of its queries and keys: gradients of keys and values go
-straight to where their linear layer wants them, and are rotated back in place."""
+"""`routed_attention` together with the rotation of its queries and keys.
+
+Gradients of keys and values go straight to where their linear layer wants them. Forward, rotation is a
+launch of its own; gradients are rotated back, and added up for the bias, where they are written, if the head
+size is a power of two. On one H200, 17,216 rows of 32,768 tokens in sequences of 2048, 16 heads of 64:
+forward 0.06 ms against 0.07 for queries alone within the kernel, which then feed its products from registers;
+backward 0.09 against 0.06 within the kernels.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from chiar_megatron.operators.kernels.column_sums import write_column_sums
 from chiar_megatron.operators.kernels.rotary import turn
 from chiar_megatron.operators.kernels.routed_attention import attend, gradients_of
-from chiar_megatron.operators.kernels.routed_attention_tiles import per_row
+from chiar_megatron.operators.kernels.routed_attention_backward import After, space_for_sums
+from chiar_megatron.operators.kernels.routed_attention_tiles import per_row, turns_in_kernels
 
-KEY, VALUE = slice(0, 1), 1  # of the third dimension of keys and values
-
-
-class Angles(NamedTuple):
-    """cos and sin `[x, d/2]` float32 of the rows, and of the keys: of all, or of one sequence's where all are
-    alike."""
-
-    cos_R: Tensor
-    sin_R: Tensor
-    cos_K: Tensor
-    sin_K: Tensor
+KEY, VALUE = 0, 1  # of the third dimension of keys and values
 
 
 def rotated_attention(
     q_RND: Tensor,
     kv_KGYD: Tensor,
-    angles: Angles,
+    angles: tuple[Tensor, Tensor],
     ranges: tuple[Tensor, Tensor],
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
 ) -> Tensor:
     """Attention `[R, n, d]` of query rows and keys before their rotation, as `routed_attention` has it.
 
-    kv_KGYD: `[K, g, 2, d]`, keys and values. ranges: first and last key of each row.
+    kv_KGYD: `[K, g, 2, d]`, keys and values. angles, bias: see the plain `rotated_attention`.
     """
-    out: Tensor = _RotatedAttention.apply(q_RND, kv_KGYD, dropout_p, seed, *ranges, *angles)  # type: ignore[no-untyped-call]
+    out: Tensor = _RotatedAttention.apply(q_RND, kv_KGYD, dropout_p, seed, bias, *ranges, *angles)  # type: ignore[no-untyped-call]
     return out
-
-
-def _sequences(kv: Tensor, cos: Tensor) -> Tensor:
-    """Keys `[b, s, g, 1, d]` of keys and values, s as long as the table of angles."""
-    keys: Tensor = kv.unflatten(0, (-1, len(cos)))[:, :, :, KEY]
-    return keys
-
-
-def _rows(q: Tensor) -> Tensor:
-    return q[None, :, :, None]
 
 
 @torch.library.custom_op("chiar_megatron::rotated_attention", mutates_args=())
@@ -62,13 +51,10 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, logsumexp, rotated queries and rotated keys [K, g, d]."""
     turned_q, turned_k = _empty(q, kv)
-    cos_R, sin_R, cos_K, sin_K = angles
-    turn(_rows(q), _rows(turned_q), cos_R, sin_R, 1.0)
-    if kv.numel():
-        keys = turned_k.unflatten(0, (-1, len(cos_K)))[:, :, :, None]
-        turn(_sequences(kv, cos_K), keys, cos_K, sin_K, 1.0)
-    first, last = ranges
-    out, lse = attend(turned_q, turned_k, kv[:, :, VALUE], first, last, seed, dropout_p)
+    q, kv = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, kv))
+    turn((q, turned_q), (kv[:, :, KEY], turned_k), ranges[1], _contiguous(angles), 1.0)
+    keys_values, (first, last) = (turned_k, kv[:, :, VALUE]), ranges
+    out, lse = attend(turned_q, keys_values, (first, last), seed, dropout_p)
     return out, lse, turned_q, turned_k
 
 
@@ -81,18 +67,39 @@ def _backward_op(
     angles: list[Tensor],
     seed: Optional[Tensor],
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of q and kv; saved: what the forward pass returned."""
+    bias: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, kv and the bias (without one: empty); saved: what the forward pass returned."""
     out, lse, turned_q, turned_k = saved
-    dq = torch.empty(turned_q.shape, dtype=kv.dtype, device=kv.device)
-    dkv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    dq, dkv, of_bias = _empty_gradients(grad, kv, bias)
     inputs = [turned_q, turned_k, kv[:, :, VALUE], *ranges, out, lse]
-    gradients_of(grad, inputs, seed, dropout_p, (dq, dkv[:, :, 0], dkv[:, :, VALUE]))
-    cos_R, sin_R, cos_K, sin_K = angles
-    turn(_rows(dq), _rows(dq), cos_R, sin_R, -1.0)
-    if kv.numel():
-        turn(_sequences(dkv, cos_K), _sequences(dkv, cos_K), cos_K, sin_K, -1.0)
-    return dq, dkv
+    outputs, tables = (dq, dkv[:, :, KEY], dkv[:, :, VALUE]), _contiguous(angles)
+    row_sums, key_sums = None, None
+    if turns_in_kernels(dq.shape[-1]):
+        if bias is not None:
+            row_sums, key_sums = space_for_sums(turned_q, turned_k)
+        gradients_of(grad, inputs, seed, dropout_p, outputs, After(tables, row_sums, key_sums))
+    else:
+        gradients_of(grad, inputs, seed, dropout_p, outputs)
+        turn((dq, dq), (dkv[:, :, KEY], dkv[:, :, KEY]), ranges[1], tables, -1.0)
+        if bias is not None:
+            row_sums, key_sums = dq.float(), dkv.float()
+    if row_sums is not None and key_sums is not None:
+        _write_bias_gradient(of_bias, row_sums, key_sums)
+    return dq, dkv, of_bias
+
+
+def _write_bias_gradient(of_bias: Tensor, row_sums: Tensor, key_sums: Tensor) -> None:
+    """In Megatron's layout, from float32 gradients of queries [*, n, d], of keys and values [*, g, 2, d]."""
+    (n, d), g = row_sums.shape[1:], key_sums.shape[1]
+    by_group = of_bias.view(g, -1)
+    write_column_sums(row_sums, by_group[:, : n // g * d])
+    write_column_sums(key_sums, by_group[:, n // g * d :])
+
+
+def _contiguous(angles: list[Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = angles
+    return cos.contiguous(), sin.contiguous()
 
 
 def _empty(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,25 +113,45 @@ def _(q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dq = torch.empty(grad.shape, dtype=kv.dtype, device=kv.device)
-    return dq, torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+def _(
+    grad: Tensor,
+    kv: Tensor,
+    saved: list[Tensor],
+    ranges: list[Tensor],
+    angles: list[Tensor],
+    seed: Optional[Tensor],
+    dropout_p: float,
+    bias: Optional[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(grad, kv, bias)
+
+
+def _empty_gradients(grad: Tensor, kv: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    options: dict[str, Any] = {"dtype": kv.dtype, "device": kv.device}
+    of_bias = torch.empty(0, **options) if bias is None else bias.new_empty(bias.shape)
+    return torch.empty(grad.shape, **options), torch.empty(kv.shape, **options), of_bias
 
 
 class _RotatedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, kv: Tensor, dropout_p: float, seed: Optional[Tensor], *tables: Tensor
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        dropout_p: float,
+        seed: Optional[Tensor],
+        bias: Optional[Tensor],
+        *tables: Tensor,
     ) -> Tensor:
         ranges, angles = list(tables[:2]), list(tables[2:])
         out, *rest = _forward_op(q, kv, ranges, angles, seed, dropout_p)
-        ctx.save_for_backward(kv, out, *rest, *tables, seed)
+        ctx.save_for_backward(kv, out, *rest, *tables, seed, bias)
         ctx.dropout_p = dropout_p
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-        kv, *rest, seed = ctx.saved_tensors
-        saved, ranges, angles = rest[:4], rest[4:6], rest[6:]
-        dq, dkv = _backward_op(grad, kv, saved, ranges, angles, seed, ctx.dropout_p)
-        return dq, dkv, *[None] * 8
+        kv, *rest, seed, bias = ctx.saved_tensors
+        saved, ranges, angles = rest[:4], rest[4:6], rest[6:8]
+        dq, dkv, of_bias = _backward_op(grad, kv, saved, ranges, angles, seed, ctx.dropout_p, bias)
+        return dq, dkv, None, None, None if bias is None else of_bias, *[None] * 4

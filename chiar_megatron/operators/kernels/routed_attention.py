@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chiar_megatron.operators.kernels.routed_attention_backward import Saved, gradients
+from chiar_megatron.operators.kernels.routed_attention_backward import After, Saved, gradients
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     dropout_numbers,
     inner_range,
@@ -79,12 +79,12 @@ def _attend(
     """Online softmax of one block of rows over the keys start..stop-1.
 
     EDGE: 0 where every row of the block sees all of these keys, else the stages of a loop with masks. It is
-    -1 for a loop with masks outside [inner, outer) whose tiles come by descriptors: kv then has a descriptor
+    -1 for a loop with masks outside [mid, mid_stop) whose tiles come by descriptors: kv then has a descriptor
     and the head's number for each of k and v, instead of a pointer to the head and the stride of a row.
     """
     acc, top, total = state  # top: largest exponent so far; acc and total are relative to it
     k_base, k_step, v_base, v_step = kv
-    start, inner, outer, stop = span
+    start, mid, mid_stop, stop = span
     q, row, first, last = rows
     scale, seed_ptr, head, threshold, keep_scale = numbers
     TMA: tl.constexpr = EDGE < 0
@@ -97,7 +97,8 @@ def _attend(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         key = at + tl.arange(0, BLOCK_K)
         if EDGE != 0:
-            if EDGE > 0 or at < inner or at >= outer:
+            if EDGE > 0 or at < mid or at + BLOCK_K > mid_stop:
+                # Not `within`: with it, ptxas makes every matrix instruction wait for the one before.
                 seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
                 s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
@@ -141,24 +142,24 @@ def _forward_kernel(
     head = tl.program_id(0) % heads
     start = block * BLOCK_Q
     row = start + tl.arange(0, BLOCK_Q)
-    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, row, R)
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
     q = load_tile(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
     rows = (q, row, first, last)
     extra = (scale, seed_ptr, head, threshold, keep_scale)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    # Only the edges of the block's range need masks.
-    inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
     state = (acc, top, total)
     if k_tiles is not None:
         kv = (k_tiles, head // group, v_tiles, head // group)
-        span = (low, inner, outer, stop)
+        span = (low, mid, mid_stop, stop)
         state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, -1)
     else:
         k_base = k_ptr + tl.cast(head // group, tl.int64) * k_head
         v_base = v_ptr + tl.cast(head // group, tl.int64) * v_head
         kv = (k_base, k_row, v_base, v_row)
+        # Only the edges of the block's range need masks.
+        inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
         span = (low, low, inner, inner)
         state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, EDGE_STAGES)
         span = (inner, inner, outer, outer)
@@ -168,7 +169,7 @@ def _forward_kernel(
     acc, top, total = state
     # Padding rows may have met their neighbours' keys in the unmasked loop.
     valid = first <= last
-    acc = tl.where(valid[:, None], acc / tl.where(valid, total, 1.0)[:, None], 0.0)
+    acc = tl.where(valid[:, None], acc * (1.0 / tl.where(valid, total, 1.0))[:, None], 0.0)
     out_base = out_ptr + tl.cast(head, tl.int64) * HEAD
     store_tile(out_base, start, heads * HEAD, R, acc, HEAD)
     # An infinite logsumexp makes every probability of a padding row 0 in the backward pass.
@@ -177,9 +178,14 @@ def _forward_kernel(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, seed: Tensor | None, dropout_p: float
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    ranges: tuple[Tensor, Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [R, n, d] and logsumexp of the scores, to base 2, [n, R] float32 by `per_row`."""
+    (k, v), (first, last) = kv, ranges
     (R, n, d), g = q.shape, k.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     first, last = first.contiguous(), last.contiguous()
@@ -201,13 +207,18 @@ def attend(
 
 
 def gradients_of(
-    grad: Tensor, saved: list[Tensor], seed: Tensor | None, dropout_p: float, out: tuple[Tensor, ...]
+    grad: Tensor,
+    saved: list[Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
+    out: tuple[Tensor, ...],
+    after: After | None = None,
 ) -> None:
     """Writes those of q, k and v into `out`, whose strides are for `gradients` to say; saved: what `attend`
     took and gave."""
     q, k, v, *rest = saved
     q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
-    gradients(grad, Saved(q, k, v, *rest), seed, dropout_numbers(dropout_p), out)
+    gradients(grad, Saved(q, k, v, *rest), seed, dropout_numbers(dropout_p), out, after)
 
 
 _LIBRARY = "chiar_megatron"
@@ -228,7 +239,7 @@ def _forward_op(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, first, last, seed, dropout_p)
+    return attend(q, (k, v), (first, last), seed, dropout_p)
 
 
 @_forward_op.register_fake

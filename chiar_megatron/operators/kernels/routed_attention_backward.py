@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chiar_megatron.operators.kernels.routed_attention_ranges import row_ranges
+from chiar_megatron.operators.kernels.routed_attention_prepare import prepare
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     inner_range,
     kept,
@@ -29,13 +30,13 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     load_line,
     load_tile,
     padded_head,
-    per_row,
     score_scale,
     store_tile,
     tuning_of,
+    turned,
+    within,
 )
 
-DELTA_ROWS = 64
 LN_2 = tl.constexpr(math.log(2))
 
 
@@ -51,8 +52,35 @@ class Saved(NamedTuple):
     lse: Tensor
 
 
+class After(NamedTuple):
+    """What becomes of gradients before they are written; d by `turns_in_kernels`.
+
+    angles: cos and sin of the keys, or of one sequence of them, contiguous float32 [*, d/2], by which the
+    gradients of k, and of q as its last key, are rotated back. row_sums, key_sums: None, or where to add up
+    each block's gradients, [blocks, n, d], and [blocks, g, 2, d] of keys and values, by `space_for_sums`.
+    """
+
+    angles: tuple[Tensor, Tensor]
+    row_sums: Tensor | None
+    key_sums: Tensor | None
+
+
+def space_for_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of `After`."""
+    (R, n, d), (K, g, _) = q.shape, k.shape
+    rows = triton.cdiv(R, tuning_of("query_grad", q).block_q)
+    keys = triton.cdiv(K, tuning_of("key_grad", q).block_k)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    return torch.empty(rows, n, d, **options), torch.empty(keys, g, 2, d, **options)
+
+
 def gradients(
-    grad: Tensor, saved: Saved, seed: Tensor | None, dropout: tuple[int, float], out: tuple[Tensor, ...]
+    grad: Tensor,
+    saved: Saved,
+    seed: Tensor | None,
+    dropout: tuple[int, float],
+    out: tuple[Tensor, ...],
+    after: After | None = None,
 ) -> None:
     """Writes the gradients of q, k and v, for the gradient `grad` [R, n, d] of the output, into `out`: that
     of q contiguous, those of k and v with the same strides, the last of them 1.
@@ -64,16 +92,16 @@ def gradients(
     saved = saved._replace(first=saved.first.contiguous(), last=saved.last.contiguous())
     dq, dk, dv = out
     if q.numel() == 0 or k.numel() == 0:
-        for empty in out:
-            empty.zero_()
+        sums = () if after is None else after[1:]
+        for empty in (*out, *sums):
+            if empty is not None:
+                empty.zero_()
         return
-    delta = per_row(q)
-    _delta_kernel[(triton.cdiv(R, DELTA_ROWS) * n,)](
-        (grad, saved.out, delta), grad.stride()[:2], (R, n), d, DELTA_ROWS
-    )
-    numbers = (score_scale(d), *dropout)
-    _query_gradient(grad, saved, delta, seed, numbers, dq)
-    _key_gradient(grad, saved, delta, seed, numbers, (dk, dv))
+    delta, bounds = prepare(grad, saved.out, (saved.first, saved.last), len(k))
+    shared = (grad, saved, delta, seed, (score_scale(d), *dropout))
+    none = (None, None, None)
+    _query_gradient(*shared, dq, none if after is None else (*after.angles, after.row_sums))
+    _key_gradient(*shared, bounds, (dk, dv), none if after is None else (*after.angles, after.key_sums))
 
 
 def _strides(grad: Tensor, saved: Saved) -> tuple[int, ...]:
@@ -82,15 +110,21 @@ def _strides(grad: Tensor, saved: Saved) -> tuple[int, ...]:
 
 
 def _query_gradient(
-    grad: Tensor, saved: Saved, delta: Tensor, seed: Tensor | None, numbers: tuple[Any, ...], dq: Tensor
+    grad: Tensor,
+    saved: Saved,
+    delta: Tensor,
+    seed: Tensor | None,
+    numbers: tuple[Any, ...],
+    dq: Tensor,
+    after: tuple[Tensor | None, ...],
 ) -> None:
     (R, n, d), g = saved.q.shape, saved.k.shape[1]
     tuning = tuning_of("query_grad", saved.q)
     _query_gradient_kernel[(triton.cdiv(R, tuning.block_q) * n,)](
-        (*saved[:5], grad, saved.lse, delta, seed, dq),
+        (*saved[:5], grad, saved.lse, delta, seed, dq, *after),
         *tuning.descriptors(saved.k, saved.v, tuning.block_k),
         _strides(grad, saved),
-        (R, n, n // g),
+        (R, n, n // g, len(saved.k) if after[0] is None else len(after[0])),
         numbers,
         **tuning.options(d),
     )
@@ -102,36 +136,24 @@ def _key_gradient(
     delta: Tensor,
     seed: Tensor | None,
     numbers: tuple[Any, ...],
+    bounds: Tensor,
     out: tuple[Tensor, Tensor],
+    after: tuple[Tensor | None, ...],
 ) -> None:
     (R, n, d), (K, g, _) = saved.q.shape, saved.k.shape
     tuning = tuning_of("key_grad", saved.q)
-    bounds = row_ranges(saved.first, saved.last, K, tuning.block_k)
     tiles = tuning.descriptors(saved.q, grad, tuning.block_q)
     lines = (None, None) if tiles[0] is None else line_descriptors(saved.lse, delta, tuning.block_q)
+    lines_of_angles = K if after[0] is None else len(after[0])
     _key_gradient_kernel[(triton.cdiv(K, tuning.block_k) * g,)](
-        (*saved[:5], grad, saved.lse, delta, seed, bounds, *out),
+        (*saved[:5], grad, saved.lse, delta, seed, bounds, *out, *after),
+        # Triton 3.6 takes no descriptors within tuples.
         *tiles,
         *lines,
         (*_strides(grad, saved), *out[0].stride()[:2]),
-        (R, K, n, g, *numbers),
+        (R, K, n, g, lines_of_angles, *numbers),
         **tuning.options(d),
     )
-
-
-@triton.jit
-def _delta_kernel(tensors, grad_strides, sizes, HEAD: tl.constexpr, ROWS: tl.constexpr):
-    """delta [n, R]: the sum of grad · out over the head, which the softmax's gradient subtracts."""
-    grad_ptr, out_ptr, delta_ptr = tensors
-    grad_row, grad_head = grad_strides
-    R, heads = sizes
-    start = tl.program_id(0) // heads * ROWS
-    head = tl.cast(tl.program_id(0) % heads, tl.int64)
-    grad = load_tile(grad_ptr + head * grad_head, start, grad_row, R, ROWS, HEAD, True)
-    out = load_tile(out_ptr + head * HEAD, start, heads * HEAD, R, ROWS, HEAD, True)
-    row = start + tl.arange(0, ROWS)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + line(head, R) + row, delta, mask=row < R)
 
 
 @triton.jit
@@ -151,7 +173,7 @@ def _over_keys(
     """
     q, grad, lse, delta, row, first, last = rows
     k_base, k_step, v_base, v_step = kv
-    start, inner, outer, stop = span
+    start, mid, mid_stop, stop = span
     scale, seed_ptr, head, threshold, keep_scale = numbers
     TMA: tl.constexpr = EDGE < 0
     STAGES: tl.constexpr = EDGE if EDGE > 0 else None
@@ -166,9 +188,8 @@ def _over_keys(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         if EDGE != 0:
-            if EDGE > 0 or at < inner or at >= outer:
-                seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
-                s = tl.where(seen, s, float("-inf"))
+            if EDGE > 0 or at < mid or at + BLOCK_K > mid_stop:
+                s = tl.where(within(key[None, :], first[:, None], last[:, None] + 1), s, float("-inf"))
         p = tl.exp2(s * scale - lse[:, None])
         if seed_ptr is not None:
             dp = tl.where(kept(seed_ptr, head, row[:, None], key[None, :], threshold), dp * keep_scale, 0.0)
@@ -192,16 +213,17 @@ def _query_gradient_kernel(
     BLOCK_K: tl.constexpr = BLOCKS[2]
     EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
-    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr = tensors
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
+    dq_ptr, cos_ptr, sin_ptr, sums_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
-    R, heads, group = sizes
+    R, heads, group, lines = sizes
     scale, threshold, keep_scale = numbers
     # In the forward pass's order: late rows first.
     block = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     start = block * BLOCK_Q
     row = start + tl.arange(0, BLOCK_Q)
-    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, row, R)
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
     q = load_tile(q_ptr + head * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
     grad = load_tile(grad_ptr + head * grad_head, start, grad_row, R, BLOCK_Q, HEAD, True)
     lse = tl.load(lse_ptr + line(head, R) + row, mask=row < R, other=float("inf"))
@@ -209,13 +231,13 @@ def _query_gradient_kernel(
     rows = (q, grad, lse, delta, row, first, last)
     extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
     if k_tiles is not None:
         kv_head = (head // group).to(tl.int32)
         kv = (k_tiles, kv_head, v_tiles, kv_head)
-        dq = _over_keys(dq, rows, kv, (low, inner, outer, stop), extra, HEAD, BLOCK_K, -1)
+        dq = _over_keys(dq, rows, kv, (low, mid, mid_stop, stop), extra, HEAD, BLOCK_K, -1)
     else:
         kv = (k_ptr + head // group * k_head, k_row, v_ptr + head // group * v_head, v_row)
+        inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
         span = (low, low, inner, inner)
         dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
         span = (inner, inner, outer, outer)
@@ -224,6 +246,11 @@ def _query_gradient_kernel(
         dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
     # Padding rows may have met gradients that are no numbers.
     dq = tl.where((first <= last)[:, None], dq * (scale * LN_2), 0.0)
+    if cos_ptr is not None:
+        place = tl.maximum(last, 0) % lines
+        dq = turned(dq, (cos_ptr, sin_ptr), place, row < R, -1.0, HEAD)
+        if sums_ptr is not None:
+            tl.store(sums_ptr + (block * heads + head) * HEAD + tl.arange(0, HEAD), tl.sum(dq, 0))
     store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)
 
 
@@ -253,9 +280,9 @@ def _over_rows(
     EDGE as in `_over_keys`, only with rows; if it is -1, start and BLOCK_Q are multiples of 4.
     """
     dk, dv = state
-    k, v, key = kv
-    q_base, q_step, grad_base, grad_step, lse_base, delta_base, first_ptr, last_ptr = inputs
-    start, inner, outer, stop = span
+    k, v, begin, end, key = kv  # each key is seen by the rows [begin, end)
+    q_base, q_step, grad_base, grad_step, lse_base, delta_base = inputs
+    start, mid, mid_stop, stop = span
     scale, seed_ptr, head, threshold, keep_scale = numbers
     TMA: tl.constexpr = EDGE < 0
     STAGES: tl.constexpr = EDGE if EDGE > 0 else None
@@ -274,11 +301,8 @@ def _over_rows(
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
         if EDGE != 0:
-            if EDGE > 0 or at < inner or at >= outer:
-                first = load_numbers(first_ptr, row, stop, 1, EDGE > 0)
-                last = load_numbers(last_ptr, row, stop, 0, EDGE > 0)
-                seen = (key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :])
-                s = tl.where(seen, s, float("-inf"))
+            if EDGE > 0 or at < mid or at + BLOCK_Q > mid_stop:
+                s = tl.where(within(row[None, :], begin[:, None], end[:, None]), s, float("-inf"))
         p = tl.exp2(s * scale - lse[None, :])
         if seed_ptr is not None:
             keep = kept(seed_ptr, head, row[None, :], key[:, None], threshold)
@@ -309,44 +333,46 @@ def _key_gradient_kernel(
     EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
-    bounds_ptr, dk_ptr, dv_ptr = tensors[9:]
+    bounds_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, sums_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, out_row, out_head = strides
-    R, K, heads, groups, scale, threshold, keep_scale = numbers
+    R, K, heads, groups, lines, scale, threshold, keep_scale = numbers
     # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
-    blocks = tl.num_programs(0) // groups
     block = tl.program_id(0) // groups
     kv_head = tl.cast(tl.program_id(0) % groups, tl.int64)
     start = block * BLOCK_K
     key = start + tl.arange(0, BLOCK_K)
     k = load_tile(k_ptr + kv_head * k_head, start, k_row, K, BLOCK_K, HEAD, True)
     v = load_tile(v_ptr + kv_head * v_head, start, v_row, K, BLOCK_K, HEAD, True)
-    low = tl.load(bounds_ptr + block)
-    mid = tl.load(bounds_ptr + blocks + block)
-    mid_stop = tl.load(bounds_ptr + 2 * blocks + block)
-    stop = tl.load(bounds_ptr + 3 * blocks + block)
+    begin = tl.load(bounds_ptr + key, mask=key < K, other=R)
+    end = tl.load(bounds_ptr + K + key, mask=key < K, other=R)
+    # Both are sorted. Some key of the block is seen by the rows [low, stop), all are by [mid, mid_stop); keys
+    # beyond the last are by none.
+    low, mid_stop = tl.load(bounds_ptr + start), tl.load(bounds_ptr + K + start)
+    mid = tl.load(bounds_ptr + start + BLOCK_K - 1, mask=start + BLOCK_K <= K, other=R)
+    stop = tl.load(bounds_ptr + K + tl.minimum(start + BLOCK_K, K) - 1)
     if q_tiles is not None:
         low = low // 4 * 4  # so that the lines' pieces begin at multiples of 16 bytes
         full = low + tl.cdiv(stop - low, BLOCK_Q) * BLOCK_Q
         # Padding may hold anything: a tile that reaches into it comes by pointers, with masks.
-        if full > tl.load(bounds_ptr + 4 * blocks + block):
+        if full > tl.load(bounds_ptr + 2 * K):
             full = low + (stop - low) // BLOCK_Q * BLOCK_Q
-    inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_Q)
     state = (tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_D], tl.float32))
-    kv = (k, v, key)
+    kv = (k, v, begin, end, key)
     for member in tl.range(0, heads // groups):
         head = kv_head * (heads // groups) + member
         lse_base, delta_base = lse_ptr + line(head, R), delta_ptr + line(head, R)
         q_base, grad_base = q_ptr + head * q_head, grad_ptr + head * grad_head
         extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
-        rows = (q_base, q_row, grad_base, grad_row, lse_base, delta_base, first_ptr, last_ptr)
+        rows = (q_base, q_row, grad_base, grad_row, lse_base, delta_base)
         if q_tiles is not None:
             number = head.to(tl.int32)
-            described = (q_tiles, number, grad_tiles, number, lse_lines, delta_lines, first_ptr, last_ptr)
-            span = (low, inner, outer, full)
+            described = (q_tiles, number, grad_tiles, number, lse_lines, delta_lines)
+            span = (low, mid, mid_stop, full)
             state = _over_rows(state, kv, described, span, extra, HEAD, BLOCK_Q, -1)
             span = (full, full, stop, stop)
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, 1)
         else:
+            inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_Q)
             span = (low, low, inner, inner)
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
             span = (inner, inner, outer, outer)
@@ -355,5 +381,11 @@ def _key_gradient_kernel(
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
     dk, dv = state
     dk = dk * (scale * LN_2)
+    if cos_ptr is not None:
+        dk = turned(dk, (cos_ptr, sin_ptr), key % lines, key < K, -1.0, HEAD)
+        if sums_ptr is not None:
+            sums = sums_ptr + (block * groups + kv_head) * (2 * HEAD) + tl.arange(0, HEAD)
+            tl.store(sums, tl.sum(dk, 0))
+            tl.store(sums + HEAD, tl.sum(dv, 0))
     store_tile(dk_ptr + kv_head * out_head, start, out_row, K, dk, HEAD)
     store_tile(dv_ptr + kv_head * out_head, start, out_row, K, dv, HEAD)

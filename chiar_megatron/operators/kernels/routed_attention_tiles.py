@@ -107,6 +107,12 @@ def padded_head(d):
     return max(16, 1 << (d - 1).bit_length())
 
 
+@triton.constexpr_function
+def turns_in_kernels(d):
+    """Whether kernels can rotate their own tiles: halves of a head must be powers of two."""
+    return padded_head(d) == d
+
+
 def score_scale(d: int) -> float:
     """Factor from q·k to the exponent of 2."""
     return LOG2_E / math.sqrt(d)
@@ -164,20 +170,47 @@ def store_tile(base, start, stride, stop, tile, HEAD: tl.constexpr):
 
 
 @triton.jit
-def key_range(first_ptr, last_ptr, row, R):
-    """Ranges of the rows `row` [BLOCK_Q], and of their block: low, mid, mid_stop, stop.
+def turned(tile, angles, place, inside, sign, HEAD: tl.constexpr):
+    """tile [rows, HEAD] float32, rotated by the angles at `place` [rows] where `inside`; sign -1: back.
+
+    angles: pointers to cos and sin [*, HEAD/2] float32.
+    """
+    cos_ptr, sin_ptr = angles
+    HALF: tl.constexpr = HEAD // 2
+    ROWS: tl.constexpr = tile.shape[0]
+    first, second = tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, HALF]), [0, 2, 1]))
+    angle = tl.cast(place, tl.int64)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=inside[:, None], other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=inside[:, None], other=0.0) * sign
+    both = tl.join(first * cos - second * sin, second * cos + first * sin)
+    return tl.reshape(tl.permute(both, [0, 2, 1]), [ROWS, HEAD])
+
+
+@triton.jit
+def within(x, low, stop):
+    """low <= x < stop for int32, by one comparison; anything where stop < low."""
+    return (x - low).to(tl.uint32, bitcast=True) < (stop - low).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def key_range(first_ptr, last_ptr, start, R, BLOCK_Q: tl.constexpr):
+    """Ranges of the rows start..start+BLOCK_Q-1, and of their block: low, mid, mid_stop, stop.
 
     Some valid row sees keys of [low, stop), all of them see [mid, mid_stop). Without a valid row both
     are empty. Padding rows and those from R on have last < first.
     """
     NEVER: tl.constexpr = 2**31 - 2
+    row = start + tl.arange(0, BLOCK_Q)
     first = tl.load(first_ptr + row, mask=row < R, other=1)
     last = tl.load(last_ptr + row, mask=row < R, other=0)
-    valid = first <= last
-    low = tl.min(tl.where(valid, first, NEVER), 0)
-    mid = tl.max(tl.where(valid, first, -1), 0)
-    mid_stop = tl.min(tl.where(valid, last, NEVER), 0) + 1
-    stop = tl.max(tl.where(valid, last, -1), 0) + 1
+    # Both are sorted, padding stands last: the first row has the least of both, and one maximum finds the row
+    # with the most of both.
+    least, some = tl.load(first_ptr + start), tl.load(last_ptr + start)
+    low = tl.where(some < least, NEVER, least)
+    mid_stop = tl.where(some < least, NEVER, some) + 1
+    both = (tl.cast(last, tl.int64) << 32) | tl.cast(first, tl.int64)
+    most = tl.max(tl.where(first <= last, both, -1), 0)
+    mid, stop = tl.cast(most, tl.int32), tl.cast(most >> 32, tl.int32) + 1
     return first, last, low, mid, mid_stop, stop
 
 

@@ -45,7 +45,7 @@ def routed_update(
     unused rows are 0.
     """
     assert rows.rest_N is not None and rows.rest_count is not None
-    places = (rows.slot_N, rows.has_row_N, rows.valid_R, rows.rest_N, rows.rest_count)
+    places = Source(rows.slot_N, rows.has_row_N, rows.index_R, rows.valid_R, rows.rest_N, rows.rest_count)
     (filters, bias, dark, light) = parameters
     return _RoutedUpdate.apply(  # type: ignore[no-any-return,no-untyped-call]
         users, dark.eps, x_NH, attended_RH, *places, filters, bias, *dark[:2], *light[:2]
@@ -69,8 +69,8 @@ def _forward_op(
     """Output and the sum before the norms; tensors: x, attended, filter."""
     x, attended, filters = tensors
     x = x.contiguous()
-    mixed = mix(x, filters, places[3], places[4])
-    source = Source(*places[:3])
+    source = Source(*places)
+    mixed = mix(x, filters, source.rest_N, source.rest_count)
     return norm_forward((x, mixed, bias), attended.contiguous(), source, _norms(norms, eps))
 
 
@@ -84,8 +84,9 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, attended and filter, and the sums of `norm_backward`; tensors: x, u, filter."""
     x, u, filters = tensors
-    dx, rows, sums = norm_backward(contiguous_grads(grads), u, Source(*places[:3]), _norms(norms, eps))
-    return dx, rows, mix_backward(dx, x, filters, (places[3], places[4]), dx), sums
+    source = Source(*places)
+    dx, rows, sums = norm_backward(contiguous_grads(grads), u, source, _norms(norms, eps))
+    return dx, rows, mix_backward(dx, x, filters, (source.rest_N, source.rest_count), dx), sums
 
 
 @_forward_op.register_fake
@@ -96,18 +97,24 @@ def _(tensors: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
 
 @_backward_op.register_fake
 def _(
-    grads: Sequence[Tensor], tensors: Sequence[Tensor], places: Sequence[Tensor], *_: Any
+    grads: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    places: Sequence[Tensor],
+    norms: Sequence[Optional[Tensor]],
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, width = tensors[0], tensors[0].shape[1]
-    by_filter = x.new_empty(width, dtype=torch.float32)
-    sums = x.new_empty(5, width, dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(len(places[2]), width), by_filter, sums
+    x, _, filters = tensors
+    width, weight = x.shape[1], norms[0]
+    assert weight is not None
+    sums = weight.new_empty(5, width)
+    rows = x.new_empty(len(Source(*places).valid_R), width)
+    return x.new_empty(x.shape), rows, filters.new_empty(width), sums
 
 
 class _RoutedUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, users: int, eps: float, x: Tensor, attended: Tensor, *rest: Any) -> Any:
-        places, (filters, bias, *norms) = rest[:5], rest[5:]
+        places, (filters, bias, *norms) = rest[:6], rest[6:]
         out, u = _forward_op([x, attended, filters], places, bias, norms, eps)
         ctx.save_for_backward(x, u, *rest)
         ctx.eps = eps
@@ -116,7 +123,7 @@ class _RoutedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
         x, u, *rest = ctx.saved_tensors
-        places, (filters, bias, *norms) = rest[:5], rest[5:]
+        places, (filters, bias, *norms) = rest[:6], rest[6:]
         dx, rows, by_filter, sums = _backward_op(grads, [x, u, filters], places, norms, ctx.eps)
         by_norms = [like(line, parameter) for line, parameter in zip(sums, norms, strict=False)]
-        return None, None, dx, rows, *[None] * 5, like(by_filter, filters), like(sums[4], bias), *by_norms
+        return None, None, dx, rows, *[None] * 6, like(by_filter, filters), like(sums[4], bias), *by_norms

@@ -1,12 +1,12 @@
-"""The Triton kernels of `spectral`: DCT, entropy, filter and gradients of blocks of rows.
+"""The Triton kernels of `spectral`: DCT, entropy, filter and gradients, a token at a time.
 
-`spectral_tables` has the mathematics. A token is a matrix [n1, n2] in a tile [rows, tile1, tile2], and a
-warp holds whole tokens: each product contracts the index that the one before left in the right place, so
-that nothing is exchanged between warps, and little within one. Programs stay and walk over blocks of rows,
-since the constant matrices are larger than a token.
+`spectral_tables` has the mathematics. A token is a matrix [n1, n2] in a tile [tile1, tile2], whose rows a
+program's warps share out: each product contracts the index that the one before left in the right place, so
+that little is exchanged between threads. Programs stay and walk over tokens, since the constant matrices are
+larger than a token.
 
-B: rows of a block. d: the `Dims`. p, q [B, k1, j]: the unscaled coefficients A ∓ B and A ± B. PRECISION:
-"tf32" for tensor cores in either dtype, "ieee", or "interpreted". tables: the `Tables`.
+d: the `Dims`. p, q [k1, j]: the unscaled coefficients A ∓ B and A ± B. PRECISION: "tf32" for tensor cores in
+either dtype, "ieee", or "interpreted". tables: the `Tables`.
 """
 
 # Kernels are Triton's language, not typed Python.
@@ -21,29 +21,22 @@ SMALLEST = tl.constexpr(1e-37)
 
 
 @triton.jit
-def _tile_offsets(d: tl.constexpr):
-    """Places in a row of the tile [1, n1, n2], and which of them exist."""
-    n1 = tl.arange(0, d[2])[None, :, None]
-    n2 = tl.arange(0, d[3])[None, None, :]
-    return n1 * d[1] + n2, (n1 < d[0]) & (n2 < d[1])
-
-
-@triton.jit
-def _load_rows(base, stride, block, n, rows, d: tl.constexpr, B: tl.constexpr, SUBSET: tl.constexpr):
-    """Block of rows of x as [B, n1, n2], 0 where there is none; and the pointers' offsets and mask."""
-    offsets, inside = _tile_offsets(d)
-    row = block * B + tl.arange(0, B)
-    here = row < n
+def _load_token(base, stride, at, rows, d: tl.constexpr, SUBSET: tl.constexpr):
+    """Token `at` of x, or of some rows of it, as [n1, n2]; the pointers' offset [1, 1], and the places in a
+    token and which of them exist."""
+    n1 = tl.arange(0, d[2])[:, None]
+    n2 = tl.arange(0, d[3])[None, :]
+    places, inside = n1 * d[1] + n2, (n1 < d[0]) & (n2 < d[1])
+    row = at + tl.arange(0, 1)  # no scalar, so that it is loaded ahead too
     if SUBSET:
-        row = tl.load(rows + row, mask=here, other=0)
-    mask = here[:, None, None] & inside
-    x = tl.load(base + row.to(tl.int64)[:, None, None] * stride + offsets, mask=mask, other=0.0)
-    return x, row.to(tl.int64)[:, None, None], offsets, mask
+        row = tl.load(rows + row)
+    row = row.to(tl.int64)[:, None]
+    return tl.load(base + row * stride + places, mask=inside, other=0.0), row, places, inside
 
 
 @triton.jit
-def _constants(tables, d: tl.constexpr, B: tl.constexpr):
-    """Cos1, Sin1 [B, k1, n1], Cos2, Sin2, Odd2 [B, n2, j], cos φ and sin φ [1, k1, n2]."""
+def _constants(tables, d: tl.constexpr):
+    """Cos1, Sin1 [k1, n1], Cos2, Sin2, Odd2 [n2, j], cos φ and sin φ [k1, n2]."""
     matrices, twiddles, _ = tables
     T1: tl.constexpr = d[2]
     T2: tl.constexpr = d[3]
@@ -52,21 +45,21 @@ def _constants(tables, d: tl.constexpr, B: tl.constexpr):
     tall = 2 * T1 * T1 + tl.arange(0, T2)[:, None] * TJ + tl.arange(0, TJ)[None, :]
     wide = tl.arange(0, T1)[:, None] * T2 + tl.arange(0, T2)[None, :]
     return (
-        tl.broadcast_to(tl.load(matrices + square)[None], (B, T1, T1)),
-        tl.broadcast_to(tl.load(matrices + square + T1 * T1)[None], (B, T1, T1)),
-        tl.broadcast_to(tl.load(matrices + tall)[None], (B, T2, TJ)),
-        tl.broadcast_to(tl.load(matrices + tall + T2 * TJ)[None], (B, T2, TJ)),
-        tl.broadcast_to(tl.load(matrices + tall + 2 * T2 * TJ)[None], (B, T2, TJ)),
-        tl.load(twiddles + wide)[None],
-        tl.load(twiddles + wide + T1 * T2)[None],
+        tl.load(matrices + square),
+        tl.load(matrices + square + T1 * T1),
+        tl.load(matrices + tall),
+        tl.load(matrices + tall + T2 * TJ),
+        tl.load(matrices + tall + 2 * T2 * TJ),
+        tl.load(twiddles + wide),
+        tl.load(twiddles + wide + T1 * T2),
     )
 
 
 @triton.jit
 def _places(d: tl.constexpr):
-    """k1 = 0 [1, k1, 1], and where A and B are summed [1, k1, j]."""
-    first = tl.arange(0, d[2])[None, :, None] == 0
-    summed = (tl.arange(0, d[2])[None, :, None] > 0) & (tl.arange(0, d[4])[None, None, :] > 0)
+    """k1 = 0 [k1, 1], and where A and B are summed [k1, j]."""
+    first = tl.arange(0, d[2])[:, None] == 0
+    summed = (tl.arange(0, d[2])[:, None] > 0) & (tl.arange(0, d[4])[None, :] > 0)
     return first, summed
 
 
@@ -81,7 +74,7 @@ def _product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dct(x, constants, d: tl.constexpr, PRECISION: tl.constexpr):
-    """x [B, n1, n2] -> p, q float32."""
+    """x [n1, n2] -> p, q float32."""
     cos1, sin1, cos2, sin2, odd2, cos_phi, sin_phi = constants
     first, summed = _places(d)
     x = x.to(cos1.dtype)
@@ -98,21 +91,21 @@ def _dct(x, constants, d: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _transposed_dct(p, q, constants, d: tl.constexpr, PRECISION: tl.constexpr):
-    """p, q -> [B, n1, n2] float32, by the transpose of `_dct`."""
+    """p, q -> [n1, n2] float32, by the transpose of `_dct`."""
     cos1, sin1, cos2, sin2, odd2, cos_phi, sin_phi = constants
     first, summed = _places(d)
     # Everything is turned round, [n2, k1] and [n2, n1]: so the results are the next operands in place.
-    a = tl.trans((p + tl.where(summed, q, 0.0)).to(cos1.dtype), 0, 2, 1)
-    b = tl.trans((q - tl.where(summed, p, 0.0)).to(cos1.dtype), 0, 2, 1)
-    first = tl.trans(first, 0, 2, 1)
-    cos_phi = tl.trans(cos_phi, 0, 2, 1)
-    sin_phi = tl.trans(sin_phi, 0, 2, 1)
+    a = tl.trans((p + tl.where(summed, q, 0.0)).to(cos1.dtype))
+    b = tl.trans((q - tl.where(summed, p, 0.0)).to(cos1.dtype))
+    first = tl.trans(first)
+    cos_phi = tl.trans(cos_phi)
+    sin_phi = tl.trans(sin_phi)
     re = _product(cos2, a, PRECISION)
     im_odd = _product(odd2, b, PRECISION)
     im = tl.where(first, im_odd, _product(sin2, b, PRECISION))
     sc = (re * cos_phi + im * sin_phi).to(cos1.dtype)
     ss = (im * cos_phi - re * sin_phi).to(cos1.dtype)
-    return tl.trans(_product(sc, cos1, PRECISION) + _product(ss, sin1, PRECISION), 0, 2, 1)
+    return tl.trans(_product(sc, cos1, PRECISION) + _product(ss, sin1, PRECISION))
 
 
 @triton.jit
@@ -128,22 +121,25 @@ def _log2(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _both_sums(a, b, x, y):
+    return a + x, b + y
+
+
+@triton.jit
 def _entropy(p, q, dc_power_weight, d: tl.constexpr, PRECISION: tl.constexpr):
-    """H [B] of the coefficients, as `routing.entropy` defines it."""
-    B: tl.constexpr = p.shape[0]
+    """H, a scalar, of the coefficients, as `routing.entropy` defines it."""
     FLAT: tl.constexpr = d[2] * d[4]
-    top = tl.max(tl.reshape(tl.maximum(tl.abs(p), tl.abs(q)), (B, FLAT)), axis=1)
+    top = tl.max(tl.reshape(tl.maximum(tl.abs(p), tl.abs(q)), (FLAT,)), axis=0)
     # The largest power is 1: no square under- or overflows.
-    scale = (1.0 / tl.maximum(top, SMALLEST))[:, None, None]
+    scale = 1.0 / tl.maximum(top, SMALLEST)
     p, q = p * scale, q * scale
     p, q = p * p, q * q
     # X_0 is scaled by √(1/N), all others by √(2/N).
-    dc = (tl.arange(0, d[2])[None, :, None] + tl.arange(0, d[4])[None, None, :]) == 0
+    dc = (tl.arange(0, d[2])[:, None] + tl.arange(0, d[4])[None, :]) == 0
     p = tl.where(dc, p * (0.5 * dc_power_weight), p)
     logs = p * _log2(tl.maximum(p, SMALLEST), PRECISION) + q * _log2(tl.maximum(q, SMALLEST), PRECISION)
-    total = tl.sum(tl.reshape(p + q, (B, FLAT)), axis=1)
+    total, logs = tl.reduce((tl.reshape(p + q, (FLAT,)), tl.reshape(logs, (FLAT,))), 0, _both_sums)
     total = tl.where(total == 0, 1.0, total)
-    logs = tl.sum(tl.reshape(logs, (B, FLAT)), axis=1)
     WIDTH: tl.constexpr = d[0] * d[1]
     entropy = (tl.log2(total) - logs / total) / tl.log2(WIDTH * 1.0)
     # These comparisons, unlike minimum and maximum, leave not-a-number alone.
@@ -153,23 +149,23 @@ def _entropy(p, q, dc_power_weight, d: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _scales(tables, half, d: tl.constexpr):
-    """k [1, k1, j] of p (half 0) or q (half 1), and the squared scale of the transform, 0 in padding."""
+    """k [k1, j] of p (half 0) or q (half 1), and the squared scale of the transform, 0 in padding."""
     place = tl.arange(0, d[2])[:, None] * d[4] + tl.arange(0, d[4])[None, :]
-    k = tl.load(tables[2] + half * d[2] * d[4] + place)[None]
+    k = tl.load(tables[2] + half * d[2] * d[4] + place)
     WIDTH: tl.constexpr = d[0] * d[1]
     return k, tl.where(k > 0, 2.0 / WIDTH, tl.where(k == 0, 1.0 / WIDTH, 0.0))
 
 
 @triton.jit
 def _filter(w, tables, half, d: tl.constexpr):
-    """The filter times the squared scale [1, k1, j], float32."""
+    """The filter times the squared scale [k1, j], float32."""
     k, scale = _scales(tables, half, d)
     return tl.load(w + k, mask=k >= 0, other=0.0).to(tl.float32) * scale
 
 
 @triton.jit
-def forward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
-                   PRECISION: tl.constexpr, flags: tl.constexpr):  # fmt: skip
+def forward_kernel(tensors, tables, numbers, d: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+                   flags: tl.constexpr):  # fmt: skip
     """flags: which of entropy and mixing to compute, and whether only of rows[:count]."""
     x_ptr, w_ptr, rows, count, entropy_ptr, y_ptr = tensors
     n, x_stride, dc_power_weight = numbers
@@ -178,26 +174,25 @@ def forward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, S
     SUBSET: tl.constexpr = flags[2]
     if SUBSET:
         n = tl.load(count)
-    constants = _constants(tables, d, B)
+    constants = _constants(tables, d)
     if MIXING:
         filter_p = _filter(w_ptr, tables, 0, d)
         filter_q = _filter(w_ptr, tables, 1, d)
-    for block in tl.range(tl.program_id(0), tl.cdiv(n, B), tl.num_programs(0), num_stages=STAGES):
-        x, row, offsets, mask = _load_rows(x_ptr, x_stride, block, n, rows, d, B, SUBSET)
+    for at in tl.range(tl.program_id(0), n, tl.num_programs(0), num_stages=STAGES):
+        x, row, places, inside = _load_token(x_ptr, x_stride, at, rows, d, SUBSET)
         p, q = _dct(x, constants, d, PRECISION)
         if ENTROPY:
-            at = block * B + tl.arange(0, B)
-            tl.store(entropy_ptr + at, _entropy(p, q, dc_power_weight, d, PRECISION), mask=at < n)
+            tl.store(entropy_ptr + at, _entropy(p, q, dc_power_weight, d, PRECISION))
         if MIXING:
             y = _transposed_dct(p * filter_p, q * filter_q, constants, d, PRECISION)
             width: tl.constexpr = d[0] * d[1]
-            tl.store(y_ptr + row * width + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_ptr + row * width + places, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def backward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, STAGES: tl.constexpr,
-                    PRECISION: tl.constexpr, flags: tl.constexpr):  # fmt: skip
-    """dx of a block of rows, and the sum of dw over all blocks of this program: dw [programs, N].
+def backward_kernel(tensors, tables, numbers, d: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+                    flags: tl.constexpr):  # fmt: skip
+    """dx of each token, and the sum of dw over all of this program: dw [programs, N].
 
     flags: whether only of rows[:count], and whether dx is g and added to.
     """
@@ -207,17 +202,17 @@ def backward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, 
     ADDS: tl.constexpr = flags[1]
     if SUBSET:
         n = tl.load(count)
-    constants = _constants(tables, d, B)
+    constants = _constants(tables, d)
     filter_p = _filter(w_ptr, tables, 0, d)
     filter_q = _filter(w_ptr, tables, 1, d)
     T1: tl.constexpr = d[2]  # Triton 3.6 takes no element of a constant tuple as a size
     TJ: tl.constexpr = d[4]
-    dw_p = tl.zeros((B, T1, TJ), tl.float32)
-    dw_q = tl.zeros((B, T1, TJ), tl.float32)
+    dw_p = tl.zeros((T1, TJ), tl.float32)
+    dw_q = tl.zeros((T1, TJ), tl.float32)
     width: tl.constexpr = d[0] * d[1]
-    for block in tl.range(tl.program_id(0), tl.cdiv(n, B), tl.num_programs(0), num_stages=STAGES):
-        g, row, offsets, mask = _load_rows(g_ptr, g_stride, block, n, rows, d, B, SUBSET)
-        x, row, offsets, mask = _load_rows(x_ptr, x_stride, block, n, rows, d, B, SUBSET)
+    for at in tl.range(tl.program_id(0), n, tl.num_programs(0), num_stages=STAGES):
+        g, row, places, inside = _load_token(g_ptr, g_stride, at, rows, d, SUBSET)
+        x, row, places, inside = _load_token(x_ptr, x_stride, at, rows, d, SUBSET)
         p, q = _dct(x, constants, d, PRECISION)
         grad_p, grad_q = _dct(g, constants, d, PRECISION)
         dw_p += p * grad_p
@@ -225,10 +220,10 @@ def backward_kernel(tensors, tables, numbers, d: tl.constexpr, B: tl.constexpr, 
         dx = _transposed_dct(grad_p * filter_p, grad_q * filter_q, constants, d, PRECISION)
         if ADDS:
             dx += g.to(tl.float32)
-        tl.store(dx_ptr + row * width + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    # Programs without rows write their zeros too: the partial sums start uninitialised.
+        tl.store(dx_ptr + row * width + places, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    # Programs without tokens write their zeros too: the partial sums start uninitialised.
     dw_ptr += tl.program_id(0) * width
     k, scale = _scales(tables, 0, d)
-    tl.store(dw_ptr + k, tl.sum(dw_p, axis=0)[None] * scale, mask=k >= 0)
+    tl.store(dw_ptr + k, dw_p * scale, mask=k >= 0)
     k, scale = _scales(tables, 1, d)
-    tl.store(dw_ptr + k, tl.sum(dw_q, axis=0)[None] * scale, mask=k >= 0)
+    tl.store(dw_ptr + k, dw_q * scale, mask=k >= 0)

@@ -193,7 +193,7 @@ def test_options_and_places_that_make_no_sense(checkpoints, tmp_path, capsys):
 
 def test_ctrl_c_says_one_line_and_the_same_command_goes_on(tmp_path):
     save_model(
-        tiny_model(tiny_config(hidden_size=256, vocab_size=9000, schedule="A R*3 D")), tmp_path / "native"
+        tiny_model(tiny_config(hidden_size=256, vocab_size=9000, schedule="A*16 R D")), tmp_path / "native"
     )
     content = tmp_path / ".hf.converting" / "content"
     command = [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chiar_megatron.operators.kernels.column_sums import column_sums
 from chiar_megatron.operators.kernels.spectral_kernels import backward_kernel, forward_kernel
-from chiar_megatron.operators.kernels.spectral_tables import dims_of, factorisation, tables_of
+from chiar_megatron.operators.kernels.spectral_tables import Dims, dims_of, factorisation, tables_of
 
 __all__ = ["Subset", "Tuning", "entropy_and_mixing", "factorisation", "spectral_entropy", "spectral_mixing"]
 
@@ -52,6 +52,7 @@ DEFAULTS = {
     "backward": Tuning(2, 3, 4, 0),
     "backward_subset": Tuning(2, 3, 6, 168),
 }
+SWEPT_TILE = 1024
 # Programs where there are no multiprocessors: the interpreter's few blocks then share programs too.
 INTERPRETED_PROGRAMS = 3
 
@@ -212,9 +213,9 @@ class _Launch:
     ) -> None:
         if precision not in OPERAND_DTYPES:
             raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(OPERAND_DTYPES)}")
-        warps, stages, programs, registers = tuning or DEFAULTS[kernel]
-        self.x = x
-        self.dims = tuple(dims_of(x.shape[1]))
+        dims = dims_of(x.shape[1])
+        warps, stages, programs, registers = tuning or _tuning(kernel, dims)
+        self.x, self.dims = x, tuple(dims)
         self.tables = tuple(tables_of(x.shape[1], OPERAND_DTYPES[precision], x.device))
         most = programs * _multiprocessors(x.device) if x.is_cuda else INTERPRETED_PROGRAMS
         self.programs = min(most, len(x) if rows is None else len(rows))
@@ -233,6 +234,15 @@ class _Launch:
             forward_kernel[(self.programs,)](
                 tensors, self.tables, numbers, self.dims, flags=flags, **self.options
             )
+
+
+def _tuning(kernel: str, dims: Dims) -> Tuning:
+    """The default one. Larger tiles than those of the sweep take as many warps and registers as let ptxas
+    keep most of their numbers in registers; how fast they are was not measured."""
+    tuning = DEFAULTS[kernel]
+    if dims.tile1 * dims.tile2 <= SWEPT_TILE:
+        return tuning
+    return tuning._replace(warps=max(2, dims.tile1 // 16), registers=0)
 
 
 @lru_cache(maxsize=16)

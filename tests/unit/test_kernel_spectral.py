@@ -137,20 +137,29 @@ def test_entropy_at_its_limits(precision):
 def test_bfloat16_entropy_puts_nearly_all_tokens_on_the_right_side_of_the_median():
     x = normal(2000, 1024, dtype=torch.bfloat16)
     expected = entropy_by_scipy(x)
-    entropy = spectral.spectral_entropy(x, tuning=spectral.Tuning(4, 1, 1, 0)).double().numpy()
+    entropy = spectral.spectral_entropy(x).double().numpy()
     assert ((entropy > np.median(expected)) == (expected > np.median(expected))).mean() >= 0.99
 
 
-def test_tunings_agree_and_a_gradient_may_be_expanded():
+def test_any_number_of_programs_and_an_expanded_gradient(monkeypatch):
     x, w = normal(37, 96).requires_grad_(), normal(96, seed=1).requires_grad_()
     y = spectral.spectral_mixing(x, w, precision="ieee")
     y.sum().backward()  # its gradient has stride 0
     expected = mixing_in_float64(x, w, torch.ones(37, 96), torch.arange(37))
     for actual, right in zip([y, x.grad, w.grad], expected, strict=True):
         assert_close(actual, right, 1e-5)
-    for programs in (1, 7):  # the interpreter's are at most three
-        tuned = spectral.spectral_mixing(x, w, precision="ieee", tuning=spectral.Tuning(4, 1, programs, 0))
-        assert_close(tuned, y.detach().double(), 1e-6)
+    for programs in (1, 5, 64):
+        monkeypatch.setattr(spectral, "INTERPRETED_PROGRAMS", programs)
+        again = [z.detach().requires_grad_() for z in (x, w)]
+        shared = spectral.spectral_mixing(*again, precision="ieee")
+        shared.sum().backward()
+        for actual, right in zip([shared, *(z.grad for z in again)], expected, strict=True):
+            assert_close(actual, right, 1e-5)
+
+
+def test_wide_tokens_take_a_launch_of_their_own():
+    swept, wide = (spectral._tuning("mixing_subset", spectral.dims_of(h)) for h in (1024, 4096))
+    assert swept == spectral.DEFAULTS["mixing_subset"] and wide == swept._replace(warps=4, registers=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

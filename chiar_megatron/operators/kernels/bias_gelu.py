@@ -31,22 +31,16 @@ def bias_gelu(x_NF: Tensor, bias_F: Optional[Tensor]) -> Tensor:
 
 
 @triton.jit
-def _approximate(x, INSTRUCTION: tl.constexpr):
-    """By one instruction. What Triton makes of `1 / x` and `exp2(x)` takes care of subnormal numbers, at
-    three to five instructions more each."""
-    return tl.inline_asm_elementwise(
-        INSTRUCTION + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _share_and_bell(u, COMPILED: tl.constexpr):
     """Φ(-|u|) / exp(-u²/2), and exp(-u²/2)."""
-    denominator, exponent = 1.0 + 0.23164189 * tl.abs(u), u * u * -0.7213475204
-    if COMPILED:
-        t, bell = _approximate(denominator, "rcp"), _approximate(exponent, "ex2")
+    denominator = 1.0 + 0.23164189 * tl.abs(u)
+    if COMPILED:  # one instruction; Triton's division takes care of the largest and smallest numbers too
+        t = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
-        t, bell = 1.0 / denominator, tl.exp2(exponent)
+        t = 1.0 / denominator
+    bell = tl.exp2(u * u * -0.7213475204)
     series = 0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)
     return t * (0.127414796 + t * (-0.142248368 + t * series)), bell
 

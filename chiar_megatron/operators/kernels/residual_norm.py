@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chiar_megatron.operators.kernels.column_sums import column_sums
+from chiar_megatron.operators.kernels.column_sums import add_pairs, column_sums
 
 WIDEST = 16384  # elements of a token, padded to a power of two: one program holds them all
 # Programs where there are no multiprocessors: the interpreter's few blocks then share programs too.
@@ -144,11 +144,6 @@ def norm_forward_kernel(
 
 
 @triton.jit
-def _add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def _token_gradient(tensors, token, here, weight, eps, flags: tl.constexpr, H: tl.constexpr,
                     WIDTH: tl.constexpr):  # fmt: skip
     """Of some tokens [rows, 1], where `here`: du, the output's gradient, the normalised sum, all
@@ -165,8 +160,8 @@ def _token_gradient(tensors, token, here, weight, eps, flags: tl.constexpr, H: t
     u = tl.load(u_ptr + place, mask=inside, other=0.0).to(tl.float32)
     plain, scale = _normalised(u, inside, H, eps, CENTRED)
     weighted = grad * weight
-    if CENTRED:  # both sums at once: threads wait for each other once
-        along, total = tl.reduce((weighted * plain, weighted), 1, _add_both)
+    if CENTRED:
+        along, total = tl.reduce((weighted * plain, weighted), 1, add_pairs)
         du = weighted - plain * (along / H)[:, None] - (total / H)[:, None]
     else:
         du = weighted - plain * (tl.sum(weighted * plain, 1) / H)[:, None]

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from chiar_megatron.operators.kernels.column_sums import add_pairs
+
 SMALLEST = tl.constexpr(1e-37)
 
 
@@ -121,11 +123,6 @@ def _log2(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _both_sums(a, b, x, y):
-    return a + x, b + y
-
-
-@triton.jit
 def _entropy(p, q, dc_power_weight, d: tl.constexpr, PRECISION: tl.constexpr):
     """H, a scalar, of the coefficients, as `routing.entropy` defines it."""
     FLAT: tl.constexpr = d[2] * d[4]
@@ -138,7 +135,7 @@ def _entropy(p, q, dc_power_weight, d: tl.constexpr, PRECISION: tl.constexpr):
     dc = (tl.arange(0, d[2])[:, None] + tl.arange(0, d[4])[None, :]) == 0
     p = tl.where(dc, p * (0.5 * dc_power_weight), p)
     logs = p * _log2(tl.maximum(p, SMALLEST), PRECISION) + q * _log2(tl.maximum(q, SMALLEST), PRECISION)
-    total, logs = tl.reduce((tl.reshape(p + q, (FLAT,)), tl.reshape(logs, (FLAT,))), 0, _both_sums)
+    total, logs = tl.reduce((tl.reshape(p + q, (FLAT,)), tl.reshape(logs, (FLAT,))), 0, add_pairs)
     total = tl.where(total == 0, 1.0, total)
     WIDTH: tl.constexpr = d[0] * d[1]
     entropy = (tl.log2(total) - logs / total) / tl.log2(WIDTH * 1.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from chiar_megatron.runtime.rendezvous import rendezvous
 FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"
 RECORDED_COLLECTIVES = 2000
 MODEL_PARALLEL_STREAM = "model-parallel-rng"  # megatron-core's name
+# Graphs that this process has recorded. NCCL leaves a group only when no graph has its transfers any more.
+RECORDED_GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,12 @@ def single_process_world(device: str = "auto") -> World:
 
 
 def shutdown() -> None:
-    """Leave every process group. Safe to call twice."""
+    """Leave every process group; recorded graphs cannot be replayed any more. Safe to call twice."""
     from megatron.core import parallel_state
 
+    for graph in list(RECORDED_GRAPHS):
+        graph.reset()
+    RECORDED_GRAPHS.clear()
     if dist.is_initialized():
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()

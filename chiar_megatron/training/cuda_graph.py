@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, initializ
 from torch import Tensor
 
 from chiar_megatron.data.dataset import TokenBatch
+from chiar_megatron.runtime.distributed import RECORDED_GRAPHS
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class GraphedPass:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             self.reports = self.run(self.inputs)
         self.graph = graph
+        RECORDED_GRAPHS.add(graph)
         _log.info("steps are replayed as one CUDA graph from here on")
 
 

@@ -39,11 +39,14 @@ def test_values_and_gradients(b, s, n, g, d, routed):
     found, expected = (torch.autograd.grad(out, (q, kv), grad) for out in (found, expected))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     bias = torch.zeros((n + 2 * g) * d, requires_grad=True)
-    out = kernel.rotated_attention(q, kv, angles, ranges, bias=bias)
-    dq, dkv, of_bias = torch.autograd.grad(out, (q, kv, bias), grad)
-    assert torch.equal(dq, found[0]) and torch.equal(dkv, found[1])
-    by_group = torch.cat((dq.sum(0).view(g, -1), dkv.sum(0).view(g, -1)), dim=1)
-    torch.testing.assert_close(of_bias, by_group.flatten(), atol=5e-5, rtol=1e-5)
+    for dropout in ((), (0.3, torch.tensor([5]))):
+        out = kernel.rotated_attention(q, kv, angles, ranges, *dropout)
+        expected = torch.autograd.grad(out, (q, kv), grad)
+        out = kernel.rotated_attention(q, kv, angles, ranges, *dropout, bias=bias)
+        dq, dkv, of_bias = torch.autograd.grad(out, (q, kv, bias), grad)
+        assert torch.equal(dq, expected[0]) and torch.equal(dkv, expected[1])
+        by_group = torch.cat((dq.sum(0).view(g, -1), dkv.sum(0).view(g, -1)), dim=1)
+        torch.testing.assert_close(of_bias, by_group.flatten(), atol=5e-5, rtol=1e-5)
 
 
 def both(angle):

@@ -80,7 +80,7 @@ def check(tensors: list[Tensor], first: Tensor, last: Tensor, tolerance: float =
     tensors = [x.detach().requires_grad_() for x in tensors]
     out = routed_attention(*tensors, first, last)
     assert out.is_contiguous() and out.dtype == tensors[0].dtype and out.shape == tensors[0].shape
-    grad = torch.randn(out.shape).to(out.dtype)
+    grad = random(*out.shape, seed=9, dtype=out.dtype)
     wanted = formula(*tensors, first, last)
     want_grads = torch.autograd.grad(wanted, tensors, grad.double(), allow_unused=True)
     grads = torch.autograd.grad(out, tensors, grad)
@@ -193,6 +193,14 @@ def test_every_place_of_an_edge_within_its_block():
         # Rows that see a prefix, the shortest of every length.
         last = torch.arange(40, dtype=torch.int32).clamp(min=start)
         check(tensors, torch.zeros_like(last), last)
+
+
+@pytest.mark.parametrize("growth", [0.5, 30.0, 100.0])
+def test_later_keys_of_larger_scores(growth):
+    # What is added up so far is scaled anew only where scores grow by much; at 100 it must be.
+    tensors = [random(40, 2, 16, seed=i) for i in range(3)]
+    tensors[1] *= torch.linspace(0.0, growth, 40)[:, None, None]
+    check(tensors, *routed([0, 3], 40, torch.arange(40), 40), tolerance=3e-5)
 
 
 def test_dropout_keeps_the_same_probabilities_in_both_directions():

@@ -19,21 +19,21 @@ ROWS, COLS, WARPS = 256, 16, 8  # of a tile; few columns, so that many programs 
 def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums over the first dimension of `[P, ...]` float32, contiguous, in `dtype`; the same in every run."""
     sums = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
-    write_column_sums(partial, sums.view(1, -1))
+    write_column_sums((partial, sums.view(1, -1)))
     return sums
 
 
-def write_column_sums(partial: Tensor, sums: Tensor) -> None:
-    """The same into `sums` [x, y], whose rows may lie apart; x·y as many as there are columns."""
-    width = sums.numel()
-    if width:
-        _column_sums_kernel[(triton.cdiv(width, COLS),)](
-            (partial, sums),
-            (len(partial), width, sums.shape[1], sums.stride(0)),
-            ROWS,
-            COLS,
-            num_warps=WARPS,
-        )
+def write_column_sums(*pairs: tuple[Tensor, Tensor]) -> None:
+    """The same of each pair's first into its second `[x, y]`, whose rows may lie apart; x·y as many as there
+    are columns."""
+    tasks = [
+        (partial, sums, len(partial), sums.numel(), sums.shape[1], sums.stride(0))
+        for partial, sums in pairs
+        if sums.numel()
+    ]
+    programs = sum(triton.cdiv(task[3], COLS) for task in tasks)
+    if programs:
+        _column_sums_kernel[(programs,)](tuple(tasks), len(tasks), ROWS, COLS, num_warps=WARPS)
 
 
 @triton.jit
@@ -43,14 +43,17 @@ def add_pairs(a, b, c, d):
 
 
 @triton.jit
-def _column_sums_kernel(tensors, sizes, ROWS: tl.constexpr, COLS: tl.constexpr):
-    partial_ptr, sums_ptr = tensors
-    P, W, run, stride = sizes
-    col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
-    sums = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, P, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        sums += tl.load(partial_ptr + row.to(tl.int64) * W + col, mask=(row < P) & (col < W), other=0.0)
-    total = tl.sum(sums, 0)[None, :]
-    place = col // run * stride + col % run
-    tl.store(sums_ptr + place, total.to(sums_ptr.dtype.element_ty), mask=col < W)
+def _column_sums_kernel(tasks, TASKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    program = tl.program_id(0)  # among those of one task
+    for task in tl.static_range(TASKS):
+        partial_ptr, sums_ptr, P, W, run, stride = tasks[task]
+        if (program >= 0) & (program < tl.cdiv(W, COLS)):
+            col = program * COLS + tl.arange(0, COLS)[None, :]
+            sums = tl.zeros([ROWS, COLS], tl.float32)
+            for start in range(0, P, ROWS):
+                row = start + tl.arange(0, ROWS)[:, None]
+                place = partial_ptr + row.to(tl.int64) * W + col
+                sums += tl.load(place, mask=(row < P) & (col < W), other=0.0)
+            total = tl.sum(sums, 0)[None, :].to(sums_ptr.dtype.element_ty)
+            tl.store(sums_ptr + col // run * stride + col % run, total, mask=col < W)
+        program -= tl.cdiv(W, COLS)

@@ -74,27 +74,27 @@ def _backward_op(
     dq, dkv, of_bias = _empty_gradients(grad, kv, bias)
     inputs = [turned_q, turned_k, kv[:, :, VALUE], *ranges, out, lse]
     outputs, tables = (dq, dkv[:, :, KEY], dkv[:, :, VALUE]), _contiguous(angles)
-    row_sums, key_sums = None, None
+    sums: list[Optional[Tensor]] = [None, None, None]
     if turns_in_kernels(dq.shape[-1]):
         if bias is not None:
-            row_sums, key_sums = space_for_sums(turned_q, turned_k)
-        gradients_of(grad, inputs, seed, dropout_p, outputs, After(tables, row_sums, key_sums))
+            sums[:] = space_for_sums(turned_q, turned_k)
+            if dropout_p > 0:
+                sums[2] = None
+        gradients_of(grad, inputs, seed, dropout_p, outputs, After(tables, *sums))
     else:
         gradients_of(grad, inputs, seed, dropout_p, outputs)
         turn((dq, dq), (dkv[:, :, KEY], dkv[:, :, KEY]), ranges[1], tables, -1.0)
-        if bias is not None:
-            row_sums, key_sums = dq.float(), dkv.float()
-    if row_sums is not None and key_sums is not None:
-        _write_bias_gradient(of_bias, row_sums, key_sums)
+    if bias is not None:
+        given = zip(sums, outputs, strict=True)
+        _write_bias_gradient(of_bias, *(dx.float().contiguous() if of is None else of for of, dx in given))
     return dq, dkv, of_bias
 
 
-def _write_bias_gradient(of_bias: Tensor, row_sums: Tensor, key_sums: Tensor) -> None:
-    """In Megatron's layout, from float32 gradients of queries [*, n, d], of keys and values [*, g, 2, d]."""
+def _write_bias_gradient(of_bias: Tensor, row_sums: Tensor, key_sums: Tensor, value_sums: Tensor) -> None:
+    """In Megatron's layout, from float32 gradients of queries [*, n, d], of keys and of values [*, g, d]."""
     (n, d), g = row_sums.shape[1:], key_sums.shape[1]
-    by_group = of_bias.view(g, -1)
-    write_column_sums(row_sums, by_group[:, : n // g * d])
-    write_column_sums(key_sums, by_group[:, n // g * d :])
+    parts = of_bias.view(g, -1).split((n // g * d, d, d), dim=1)
+    write_column_sums((row_sums, parts[0]), (key_sums, parts[1]), (value_sums, parts[2]))
 
 
 def _contiguous(angles: list[Tensor]) -> tuple[Tensor, Tensor]:

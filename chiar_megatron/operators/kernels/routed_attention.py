@@ -142,8 +142,8 @@ def _forward_kernel(
     head = tl.program_id(0) % heads
     start = block * BLOCK_Q
     row = start + tl.arange(0, BLOCK_Q)
-    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
     q = load_tile(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
     rows = (q, row, first, last)
     extra = (scale, seed_ptr, head, threshold, keep_scale)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)

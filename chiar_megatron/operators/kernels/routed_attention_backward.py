@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chiar_megatron.operators.kernels.routed_attention_prepare import prepare
+from chiar_megatron.operators.kernels.routed_attention_prepare import prepare, space_for_value_sums
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     inner_range,
     kept,
@@ -33,7 +33,7 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     score_scale,
     store_tile,
     tuning_of,
-    turned,
+    turned_back,
     within,
 )
 
@@ -56,22 +56,25 @@ class After(NamedTuple):
     """What becomes of gradients before they are written; d by `turns_in_kernels`.
 
     angles: cos and sin of the keys, or of one sequence of them, contiguous float32 [*, d/2], by which the
-    gradients of k, and of q as its last key, are rotated back. row_sums, key_sums: None, or where to add up
-    each block's gradients, [blocks, n, d], and [blocks, g, 2, d] of keys and values, by `space_for_sums`.
+    gradients of k, and of q as its last key, are rotated back. row_sums, key_sums, value_sums: None, or where
+    to add up each block's gradients, [*, n, d] of queries, [*, g, d] of keys and values, by `space_for_sums`;
+    those of values only without dropout.
     """
 
     angles: tuple[Tensor, Tensor]
-    row_sums: Tensor | None
-    key_sums: Tensor | None
+    row_sums: Tensor | None = None
+    key_sums: Tensor | None = None
+    value_sums: Tensor | None = None
 
 
-def space_for_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def space_for_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Those of `After`."""
     (R, n, d), (K, g, _) = q.shape, k.shape
     rows = triton.cdiv(R, tuning_of("query_grad", q).block_q)
     keys = triton.cdiv(K, tuning_of("key_grad", q).block_k)
     options: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    return torch.empty(rows, n, d, **options), torch.empty(keys, g, 2, d, **options)
+    of_rows, of_keys = torch.empty(rows, n, d, **options), torch.empty(keys, g, d, **options)
+    return of_rows, of_keys, space_for_value_sums(q, k)
 
 
 def gradients(
@@ -97,7 +100,8 @@ def gradients(
             if empty is not None:
                 empty.zero_()
         return
-    delta, bounds = prepare(grad, saved.out, (saved.first, saved.last), len(k))
+    value_sums = None if after is None else after.value_sums
+    delta, bounds = prepare(grad, saved.out, (saved.first, saved.last), len(k), value_sums)
     shared = (grad, saved, delta, seed, (score_scale(d), *dropout))
     none = (None, None, None)
     _query_gradient(*shared, dq, none if after is None else (*after.angles, after.row_sums))
@@ -151,8 +155,8 @@ def _key_gradient(
         *tiles,
         *lines,
         (*_strides(grad, saved), *out[0].stride()[:2]),
-        (R, K, n, g, lines_of_angles, *numbers),
-        **tuning.options(d),
+        (R, K, g, lines_of_angles, *numbers),
+        **tuning.options(d, n // g),
     )
 
 
@@ -223,11 +227,12 @@ def _query_gradient_kernel(
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     start = block * BLOCK_Q
     row = start + tl.arange(0, BLOCK_Q)
-    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
     q = load_tile(q_ptr + head * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
     grad = load_tile(grad_ptr + head * grad_head, start, grad_row, R, BLOCK_Q, HEAD, True)
     lse = tl.load(lse_ptr + line(head, R) + row, mask=row < R, other=float("inf"))
     delta = tl.load(delta_ptr + line(head, R) + row, mask=row < R, other=0.0)
+    # After what it does not wait for: it may branch.
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
     rows = (q, grad, lse, delta, row, first, last)
     extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -245,10 +250,11 @@ def _query_gradient_kernel(
         span = (outer, outer, stop, stop)
         dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
     # Padding rows may have met gradients that are no numbers.
-    dq = tl.where((first <= last)[:, None], dq * (scale * LN_2), 0.0)
-    if cos_ptr is not None:
-        place = tl.maximum(last, 0) % lines
-        dq = turned(dq, (cos_ptr, sin_ptr), place, row < R, -1.0, HEAD)
+    dq = tl.where((first <= last)[:, None], dq, 0.0)
+    if cos_ptr is None:
+        dq *= scale * LN_2
+    else:
+        dq = turned_back(dq, (cos_ptr, sin_ptr), tl.maximum(last, 0) % lines, scale * LN_2, HEAD)
         if sums_ptr is not None:
             tl.store(sums_ptr + (block * heads + head) * HEAD + tl.arange(0, HEAD), tl.sum(dq, 0))
     store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)
@@ -335,7 +341,8 @@ def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, seed_ptr = tensors[:9]
     bounds_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, sums_ptr = tensors[9:]
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, out_row, out_head = strides
-    R, K, heads, groups, lines, scale, threshold, keep_scale = numbers
+    GROUP: tl.constexpr = BLOCKS[4]
+    R, K, groups, lines, scale, threshold, keep_scale = numbers
     # Early keys are seen by most rows of their sequence: in their natural order the heavy blocks come first.
     block = tl.program_id(0) // groups
     kv_head = tl.cast(tl.program_id(0) % groups, tl.int64)
@@ -352,14 +359,12 @@ def _key_gradient_kernel(
     stop = tl.load(bounds_ptr + K + tl.minimum(start + BLOCK_K, K) - 1)
     if q_tiles is not None:
         low = low // 4 * 4  # so that the lines' pieces begin at multiples of 16 bytes
-        full = low + tl.cdiv(stop - low, BLOCK_Q) * BLOCK_Q
-        # Padding may hold anything: a tile that reaches into it comes by pointers, with masks.
-        if full > tl.load(bounds_ptr + 2 * K):
-            full = low + (stop - low) // BLOCK_Q * BLOCK_Q
+        # Padding may hold anything: where tiles reach into it, all come by pointers, with masks.
+        clean = low + tl.cdiv(stop - low, BLOCK_Q) * BLOCK_Q <= tl.load(bounds_ptr + 2 * K)
     state = (tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_D], tl.float32))
     kv = (k, v, begin, end, key)
-    for member in tl.range(0, heads // groups):
-        head = kv_head * (heads // groups) + member
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
         lse_base, delta_base = lse_ptr + line(head, R), delta_ptr + line(head, R)
         q_base, grad_base = q_ptr + head * q_head, grad_ptr + head * grad_head
         extra = (scale, seed_ptr, head.to(tl.int32), threshold, keep_scale)
@@ -367,10 +372,11 @@ def _key_gradient_kernel(
         if q_tiles is not None:
             number = head.to(tl.int32)
             described = (q_tiles, number, grad_tiles, number, lse_lines, delta_lines)
-            span = (low, mid, mid_stop, full)
-            state = _over_rows(state, kv, described, span, extra, HEAD, BLOCK_Q, -1)
-            span = (full, full, stop, stop)
-            state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, 1)
+            span = (low, mid, mid_stop, stop)
+            if clean:
+                state = _over_rows(state, kv, described, span, extra, HEAD, BLOCK_Q, -1)
+            else:
+                state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, 1)
         else:
             inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_Q)
             span = (low, low, inner, inner)
@@ -380,12 +386,11 @@ def _key_gradient_kernel(
             span = (outer, outer, stop, stop)
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
     dk, dv = state
-    dk = dk * (scale * LN_2)
-    if cos_ptr is not None:
-        dk = turned(dk, (cos_ptr, sin_ptr), key % lines, key < K, -1.0, HEAD)
+    if cos_ptr is None:
+        dk *= scale * LN_2
+    else:
+        dk = turned_back(dk, (cos_ptr, sin_ptr), key % lines, scale * LN_2, HEAD)
         if sums_ptr is not None:
-            sums = sums_ptr + (block * groups + kv_head) * (2 * HEAD) + tl.arange(0, HEAD)
-            tl.store(sums, tl.sum(dk, 0))
-            tl.store(sums + HEAD, tl.sum(dv, 0))
+            tl.store(sums_ptr + (block * groups + kv_head) * HEAD + tl.arange(0, HEAD), tl.sum(dk, 0))
     store_tile(dk_ptr + kv_head * out_head, start, out_row, K, dk, HEAD)
     store_tile(dv_ptr + kv_head * out_head, start, out_row, K, dv, HEAD)

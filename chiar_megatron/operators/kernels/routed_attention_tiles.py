@@ -41,10 +41,10 @@ class Tuning:
     tma: bool = False
     registers: int | None = None
 
-    def options(self, d: int) -> dict[str, Any]:
-        """Named arguments of a kernel for head size d; BLOCKS: head size, query rows, keys, edge stages."""
+    def options(self, d: int, *more: int) -> dict[str, Any]:
+        """Named arguments of a kernel for head size d; BLOCKS: it, query rows, keys, edge stages, more."""
         return {
-            "BLOCKS": (d, self.block_q, self.block_k, self.edge_stages),
+            "BLOCKS": (d, self.block_q, self.block_k, self.edge_stages, *more),
             "num_warps": self.warps,
             "num_stages": self.stages,
             "maxnreg": self.registers,
@@ -170,8 +170,8 @@ def store_tile(base, start, stride, stop, tile, HEAD: tl.constexpr):
 
 
 @triton.jit
-def turned(tile, angles, place, inside, sign, HEAD: tl.constexpr):
-    """tile [rows, HEAD] float32, rotated by the angles at `place` [rows] where `inside`; sign -1: back.
+def turned_back(tile, angles, place, factor, HEAD: tl.constexpr):
+    """factor times tile [rows, HEAD] float32, rotated back by the angles at `place` [rows].
 
     angles: pointers to cos and sin [*, HEAD/2] float32.
     """
@@ -180,9 +180,8 @@ def turned(tile, angles, place, inside, sign, HEAD: tl.constexpr):
     ROWS: tl.constexpr = tile.shape[0]
     first, second = tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, HALF]), [0, 2, 1]))
     angle = tl.cast(place, tl.int64)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_ptr + angle, mask=inside[:, None], other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=inside[:, None], other=0.0) * sign
-    both = tl.join(first * cos - second * sin, second * cos + first * sin)
+    cos, sin = tl.load(cos_ptr + angle) * factor, tl.load(sin_ptr + angle) * factor
+    both = tl.join(first * cos + second * sin, second * cos - first * sin)
     return tl.reshape(tl.permute(both, [0, 2, 1]), [ROWS, HEAD])
 
 
@@ -203,15 +202,17 @@ def key_range(first_ptr, last_ptr, start, R, BLOCK_Q: tl.constexpr):
     row = start + tl.arange(0, BLOCK_Q)
     first = tl.load(first_ptr + row, mask=row < R, other=1)
     last = tl.load(last_ptr + row, mask=row < R, other=0)
-    # Both are sorted, padding stands last: the first row has the least of both, and one maximum finds the row
-    # with the most of both.
+    # Both are sorted, padding stands last: the first row has the least of both, the last valid one the most.
     least, some = tl.load(first_ptr + start), tl.load(last_ptr + start)
     low = tl.where(some < least, NEVER, least)
     mid_stop = tl.where(some < least, NEVER, some) + 1
-    both = (tl.cast(last, tl.int64) << 32) | tl.cast(first, tl.int64)
-    most = tl.max(tl.where(first <= last, both, -1), 0)
-    mid, stop = tl.cast(most, tl.int32), tl.cast(most >> 32, tl.int32) + 1
-    return first, last, low, mid, mid_stop, stop
+    end = tl.minimum(start + BLOCK_Q, R) - 1
+    mid, most = tl.load(first_ptr + end), tl.load(last_ptr + end)
+    if most < mid:
+        both = (tl.cast(last, tl.int64) << 32) | tl.cast(first, tl.int64)
+        found = tl.max(tl.where(first <= last, both, -1), 0)
+        mid, most = tl.cast(found, tl.int32), tl.cast(found >> 32, tl.int32)
+    return first, last, low, mid, mid_stop, most + 1
 
 
 @triton.jit

@@ -79,11 +79,11 @@ def per_row(x: Tensor) -> Tensor:
 # By kernel and padded head size, for 16-bit inputs on Hopper.
 DEFAULTS = {
     ("forward", 64): Tuning(64, 128, 4, 2, tma=True, registers=168),
-    ("forward", 128): Tuning(128, 64, 8, 3),
+    ("forward", 128): Tuning(64, 64, 4, 3, tma=True),
     ("query_grad", 64): Tuning(64, 64, 4, 3, tma=True),
-    ("query_grad", 128): Tuning(128, 64, 8, 2),
+    ("query_grad", 128): Tuning(64, 64, 4, 2, tma=True),
     ("key_grad", 64): Tuning(32, 64, 4, 3, tma=True, registers=168),
-    ("key_grad", 128): Tuning(32, 128, 8, 2),
+    ("key_grad", 128): Tuning(32, 64, 4, 2, tma=True),
 }
 # A sweep sets these, by kernel; they come before the defaults.
 OVERRIDES: dict[str, Tuning] = {}

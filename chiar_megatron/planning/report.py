@@ -27,7 +27,14 @@ from chiar_megatron.planning.activations import ActivationModel
 from chiar_megatron.planning.balance import RANKS, simulate
 from chiar_megatron.planning.candidates import Candidate, candidates, weigh
 from chiar_megatron.planning.memory import GIB, USABLE, StageMemory, stage_memory
-from chiar_megatron.planning.speed import MEASURED_ON, MEASURED_TFLOPS, UNCOMPILED, Cluster, with_layout
+from chiar_megatron.planning.speed import (
+    MEASURED_ON,
+    MEASURED_TFLOPS,
+    SECONDS_PER_LAUNCH,
+    UNCOMPILED,
+    Cluster,
+    with_layout,
+)
 from chiar_megatron.runtime.paths import why_launched, would_compile
 
 _SHOWN = 12  # layouts in the list for people
@@ -183,7 +190,10 @@ def _own_layout(plan: Plan) -> Section:
     ]
     launched = why_launched(plan.config)
     if launched is not None:
-        lines.append(f"  no CUDA graph ({launched}): small steps may wait for the host's launches")
+        lines.append(
+            f"  no CUDA graph ({launched}): the host launches every kernel, "
+            f"{1e6 * SECONDS_PER_LAUNCH:.0f} us each where that was measured; a faster host takes less"
+        )
     if time.data_parallel > 0.1 * time.total and not plan.config.parallel.overlap_grad_reduce:
         lines.append("  parallel.overlap_grad_reduce=true would hide some of what is data parallel")
     return lines, {"own": _candidate_fields(own), "fits": fits, "cluster": asdict(plan.cluster)}

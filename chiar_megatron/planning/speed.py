@@ -3,7 +3,8 @@
 A micro-batch takes the executed FLOPs of a stage ÷ the throughput of a GPU, plus its transfers, on the stage
 where that takes longest; a pipeline of P stages in V chunks each does `micro-batches + (P - 1)/V` of those
 one after the other; then gradients are summed over replicas. Throughput is that of measured whole steps,
-optimizer included.
+optimizer included. Where steps are not replayed as a CUDA graph, a micro-batch takes at least the time in
+which the host launches its kernels, one by one.
 
 Tensor- and context-parallel ranks share a layer's FLOPs equally: attention by heads, the rest by widths or
 tokens, as if light tokens were spread evenly (mixing is not shared where dark ones lie together) and sequence
@@ -15,20 +16,24 @@ no compute hides them, and no transfer has a latency.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from chiar_megatron.config.pipeline import Layout
 from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.model.pipeline import expected_fraction, pipeline_costs, pipeline_layout
 from chiar_megatron.model.traffic import traffic_per_micro_batch
 from chiar_megatron.planning.weights import stage_parameters
-from chiar_megatron.runtime.paths import would_compile
+from chiar_megatron.runtime.paths import would_compile, would_replay
 
 MEASURED_TFLOPS = 440.0
 MEASURED_ON = "one H200, bf16, whole steps of the 400M models: 384 to 505"
 # Of layers that are not compiled, as under tensor and context parallelism: 0.34 to 0.67 on two H200s, with
 # 4,096 tokens of hidden size 1024 each (benchmarks/README.md, "Several GPUs").
 UNCOMPILED = 0.5
+# Kernels of a layer and micro-batch, forward and backward, and what the host takes for one: profiles of 400M
+# models count 96 of compiled layers and 233 of others; two H200s of a virtual machine took 34 to 69 us.
+LAUNCHES, UNCOMPILED_LAUNCHES = 100, 240
+SECONDS_PER_LAUNCH = 60e-6
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,13 @@ class StepTime:
     """Transfers of tensor, context and pipeline parallelism, of the slowest stage."""
     data_parallel: float
     """Gradients and weights between replicas, where nothing hides it."""
+    launching: float
+    """What the host takes longer to launch kernels than the slowest stage to run them."""
 
     @property
     def total(self) -> float:
         """Of the step."""
-        parts = self.compute, self.imbalance, self.bubble, self.model_parallel, self.data_parallel
-        return sum(parts)
+        return float(sum(astuple(self)))
 
 
 def step_time(config: RunConfig, replicas: int, cluster: Cluster) -> StepTime:
@@ -90,6 +96,7 @@ def step_time(config: RunConfig, replicas: int, cluster: Cluster) -> StepTime:
     transfers += _sent_on(config, cluster)
     micro_batches = training.global_batch_size / (training.micro_batch_size * replicas)
     waiting = (stages - 1) / virtual
+    launching = max(0.0, _launches(config, layout) * SECONDS_PER_LAUNCH - slowest - transfers)
     data = _data_transfers(config, replicas, cluster)
     if parallel.overlap_grad_reduce:
         data = max(0.0, data - slowest * 2 / 3)  # the last micro-batch's backward pass hides it
@@ -99,7 +106,18 @@ def step_time(config: RunConfig, replicas: int, cluster: Cluster) -> StepTime:
         bubble=waiting * slowest,
         model_parallel=(micro_batches + waiting) * transfers,
         data_parallel=data,
+        launching=(micro_batches + waiting) * launching,
     )
+
+
+def _launches(config: RunConfig, layout: Layout) -> float:
+    """Of a micro-batch on the stage with most layers; 0 where a graph makes them."""
+    if would_replay(config):
+        return 0.0
+    stages = config.parallel.pipeline_model_parallel_size
+    layers = max(sum(layout[stage::stages]) for stage in range(stages))
+    again = 4 / 3 if config.training.recompute == "full" else 1.0
+    return layers * again * (LAUNCHES if would_compile(config) else UNCOMPILED_LAUNCHES)
 
 
 def _transfers_of_stages(config: RunConfig, layout: Layout, cluster: Cluster) -> list[float]:

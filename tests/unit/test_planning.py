@@ -20,7 +20,7 @@ from chiar_megatron.model.pipeline import pipeline_costs
 from chiar_megatron.planning.activations import ActivationModel
 from chiar_megatron.planning.candidates import candidates, weigh
 from chiar_megatron.planning.memory import GIB, USABLE, micro_batches_in_flight, stage_memory
-from chiar_megatron.planning.speed import UNCOMPILED, Cluster, step_time
+from chiar_megatron.planning.speed import LAUNCHES, SECONDS_PER_LAUNCH, UNCOMPILED, Cluster, step_time
 from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.runtime.distributed import single_process_world
 from tests.unit.kept_bytes import bytes_kept
@@ -153,7 +153,11 @@ def test_step_time_by_hand() -> None:
     ledger = flops_per_sequence(config.model, 256, 1.0)
     head = ledger.total(names=("head",)).executed
     heaviest = (7 * ledger.per_layer()[0].executed + head) * 2 / 400e12
-    assert time.total == pytest.approx((16 + 3) * heaviest, rel=1e-6)
+    assert time.total - time.launching == pytest.approx((16 + 3) * heaviest, rel=1e-6)
+    # A pipeline's steps are not replayed: the host launches seven layers of each micro-batch.
+    assert time.launching == pytest.approx(
+        (16 + 3) * (7 * LAUNCHES * SECONDS_PER_LAUNCH - heaviest), rel=1e-6
+    )
     assert time.bubble == pytest.approx(3 * heaviest)
     interleaved = resolved(fields | {"parallel.virtual_pipeline_model_parallel_size": 7})
     assert step_time(interleaved, 2, cluster).bubble == pytest.approx(3 / 7 * heaviest)
@@ -171,7 +175,8 @@ def test_context_parallel_step_by_hand(groups: int, sent_groups: int) -> None:
     config = resolved(fields)
     time = step_time(config, 1, Cluster(gpus=4, tflops=400.0, link_gb_s=100.0))
     flops = flops_per_sequence(config.model, 256, 1.0).total().executed
-    assert time.compute == pytest.approx(8 * flops / (4 * UNCOMPILED * 400e12)) and time.imbalance == 0.0
+    assert time.compute == pytest.approx(8 * flops / (4 * UNCOMPILED * 400e12))
+    assert time.imbalance == time.launching == 0.0
     tokens, head = 2 * 256 / 4, 64
     sent = 3 / 4 * tokens * (2 * 16 + 2 * sent_groups) * head * 2
     assert time.model_parallel == pytest.approx(4 * 28 * 2 * sent / 100e9)

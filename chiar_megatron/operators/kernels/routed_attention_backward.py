@@ -359,8 +359,10 @@ def _key_gradient_kernel(
     stop = tl.load(bounds_ptr + K + tl.minimum(start + BLOCK_K, K) - 1)
     if q_tiles is not None:
         low = low // 4 * 4  # so that the lines' pieces begin at multiples of 16 bytes
-        # Padding may hold anything: where tiles reach into it, all come by pointers, with masks.
-        clean = low + tl.cdiv(stop - low, BLOCK_Q) * BLOCK_Q <= tl.load(bounds_ptr + 2 * K)
+        full = low + tl.cdiv(stop - low, BLOCK_Q) * BLOCK_Q
+        # Padding may hold anything: a tile that reaches into it comes by pointers, with masks.
+        if full > tl.load(bounds_ptr + 2 * K):
+            full = low + (stop - low) // BLOCK_Q * BLOCK_Q
     state = (tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_D], tl.float32))
     kv = (k, v, begin, end, key)
     for member in tl.range(0, GROUP):
@@ -372,11 +374,11 @@ def _key_gradient_kernel(
         if q_tiles is not None:
             number = head.to(tl.int32)
             described = (q_tiles, number, grad_tiles, number, lse_lines, delta_lines)
-            span = (low, mid, mid_stop, stop)
-            if clean:
-                state = _over_rows(state, kv, described, span, extra, HEAD, BLOCK_Q, -1)
-            else:
-                state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, 1)
+            # The other way round, ptxas makes every matrix instruction wait for the one before.
+            span = (full, full, stop, stop)
+            state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, 1)
+            span = (low, mid, mid_stop, full)
+            state = _over_rows(state, kv, described, span, extra, HEAD, BLOCK_Q, -1)
         else:
             inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_Q)
             span = (low, low, inner, inner)

@@ -197,7 +197,7 @@ def test_every_place_of_an_edge_within_its_block():
 
 @pytest.mark.parametrize("growth", [0.5, 30.0, 100.0])
 def test_later_keys_of_larger_scores(growth):
-    # What is added up so far is scaled anew only where scores grow by much; at 100 it must be.
+    # At 100 a power of 2 overflows, if it is not relative to the largest score so far.
     tensors = [random(40, 2, 16, seed=i) for i in range(3)]
     tensors[1] *= torch.linspace(0.0, growth, 40)[:, None, None]
     check(tensors, *routed([0, 3], 40, torch.arange(40), 40), tolerance=3e-5)

@@ -20,7 +20,14 @@ from chiar_megatron.model.pipeline import pipeline_costs
 from chiar_megatron.planning.activations import ActivationModel
 from chiar_megatron.planning.candidates import candidates, weigh
 from chiar_megatron.planning.memory import GIB, USABLE, micro_batches_in_flight, stage_memory
-from chiar_megatron.planning.speed import LAUNCHES, SECONDS_PER_LAUNCH, UNCOMPILED, Cluster, step_time
+from chiar_megatron.planning.speed import (
+    LAUNCHES,
+    SECONDS_PER_LAUNCH,
+    UNCOMPILED,
+    UNCOMPILED_LAUNCHES,
+    Cluster,
+    step_time,
+)
 from chiar_megatron.routing.balance import capacity_rows
 from chiar_megatron.runtime.distributed import single_process_world
 from tests.unit.kept_bytes import bytes_kept
@@ -156,6 +163,10 @@ def test_step_time_by_hand() -> None:
     assert time.launching == pytest.approx(
         (16 + 3) * (7 * LAUNCHES * SECONDS_PER_LAUNCH - heaviest), rel=1e-6
     )
+    again = step_time(resolved(fields | {"training.recompute": "full"}), 2, cluster)
+    assert again.total == pytest.approx((16 + 3) * 7 * 4 / 3 * LAUNCHES * SECONDS_PER_LAUNCH, rel=1e-6)
+    eager = step_time(resolved(fields | {"runtime.compile": False}), 2, cluster)
+    assert eager.total == pytest.approx((16 + 3) * 7 * UNCOMPILED_LAUNCHES * SECONDS_PER_LAUNCH, rel=1e-6)
     assert time.bubble == pytest.approx(3 * heaviest)
     interleaved = resolved(fields | {"parallel.virtual_pipeline_model_parallel_size": 7})
     assert step_time(interleaved, 2, cluster).bubble == pytest.approx(3 / 7 * heaviest)

@@ -62,9 +62,9 @@ class After(NamedTuple):
     """
 
     angles: tuple[Tensor, Tensor]
-    row_sums: Tensor | None = None
-    key_sums: Tensor | None = None
-    value_sums: Tensor | None = None
+    row_sums: Tensor | None
+    key_sums: Tensor | None
+    value_sums: Tensor | None
 
 
 def space_for_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chiar_megatron.operators.kernels import routed_attention as fwd
 from chiar_megatron.operators.kernels import routed_attention_backward as bwd
 from chiar_megatron.operators.kernels import routed_attention_tiles as tiles
-from chiar_megatron.operators.kernels.routed_attention_prepare import prepare
+from chiar_megatron.operators.kernels.routed_attention_key_gradient import key_gradient
+from chiar_megatron.operators.kernels.routed_attention_query_gradient import query_gradient
 
 START = time.time()
 N, D = 16, 64
@@ -77,7 +78,7 @@ def problem(T, b, rho, seed=0):
 
 def saved_of(q, k, v, first, last):
     out, lse = fwd._forward_op(q, k, v, first, last, None, 0.0)
-    return bwd.Saved(q, k, v, first, last, out, lse)
+    return tiles.Saved(q, k, v, first, last, out, lse)
 
 
 def runner(kernel, saved, grad):
@@ -85,15 +86,16 @@ def runner(kernel, saved, grad):
     if kernel == "forward":
         return lambda: fwd._forward_op(*saved[:5], None, 0.0)
     numbers = (tiles.score_scale(D), 0, 1.0)
-    delta, bounds = prepare(grad, saved.out, (saved.first, saved.last), len(saved.k))
     sums = bwd.space_for_sums(saved.q, saved.k)
+    dq = torch.empty(saved.q.shape, dtype=grad.dtype, device="cuda")
+    after = (*torch.rand(2, len(dq), D // 2, device="cuda"), sums[0], sums[2])
+    first = lambda: query_gradient(grad, saved, None, numbers, dq, after)  # noqa: E731
     if kernel == "query_grad":
-        dq = torch.empty(saved.q.shape, dtype=grad.dtype, device="cuda")
-        after = (*torch.rand(2, len(dq), D // 2, device="cuda"), sums[0])
-        return lambda: bwd._query_gradient(grad, saved, delta, None, numbers, dq, after)
+        return first
+    found = first()
     dkv = torch.empty(len(saved.k), N, 2, D, dtype=grad.dtype, device="cuda")
-    out, after = (dkv[:, :, 0], dkv[:, :, 1]), (*torch.rand(2, 256, D // 2, device="cuda"), sums[1])
-    return lambda: bwd._key_gradient(grad, saved, delta, None, numbers, bounds, out, after)
+    out, after_keys = (dkv[:, :, 0], dkv[:, :, 1]), (*torch.rand(2, 256, D // 2, device="cuda"), sums[1])
+    return lambda: key_gradient(grad, saved, found, None, numbers, out, after_keys)
 
 
 def compile_one(kernel, numbers):

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chiar_megatron.operators.kernels.routed_attention_backward import After, Saved, gradients
+from chiar_megatron.operators.kernels.routed_attention_backward import After, gradients
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
+    Saved,
     dropout_numbers,
     inner_range,
     kept,
@@ -78,13 +79,14 @@ def _attend(
 ):
     """Online softmax of one block of rows over the keys start..stop-1.
 
-    EDGE: 0 where every row of the block sees all of these keys, else the stages of a loop with masks. It is
-    -1 for a loop with masks outside [mid, mid_stop) whose tiles come by descriptors: kv then has a descriptor
-    and the head's number for each of k and v, instead of a pointer to the head and the stride of a row.
+    EDGE: 0 where every row of the block sees all of these keys, else the stages of a loop with masks. Below 0
+    tiles come by descriptors: kv then has a descriptor and the head's number for each of k and v, instead of
+    a pointer to the head and the stride of a row. At -1 every row sees the keys up to `all_stop`, so that
+    only the others are masked, and by one comparison.
     """
     acc, top, total = state  # top: largest exponent so far; acc and total are relative to it
     k_base, k_step, v_base, v_step = kv
-    start, mid, mid_stop, stop = span
+    start, all_stop, stop = span
     q, row, first, last = rows
     scale, seed_ptr, head, threshold, keep_scale = numbers
     TMA: tl.constexpr = EDGE < 0
@@ -97,7 +99,10 @@ def _attend(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         key = at + tl.arange(0, BLOCK_K)
         if EDGE != 0:
-            if EDGE > 0 or at < mid or at + BLOCK_K > mid_stop:
+            if EDGE == -1:
+                if at + BLOCK_K > all_stop:
+                    s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
+            else:
                 # Not `within`: with it, ptxas makes every matrix instruction wait for the one before.
                 seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
                 s = tl.where(seen, s, float("-inf"))
@@ -152,20 +157,18 @@ def _forward_kernel(
     state = (acc, top, total)
     if k_tiles is not None:
         kv = (k_tiles, head // group, v_tiles, head // group)
-        span = (low, mid, mid_stop, stop)
-        state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, -1)
+        inner, _ = inner_range(low, mid, mid_stop, stop, BLOCK_K)
+        state = _attend(state, kv, (low, low, inner), rows, extra, HEAD, BLOCK_K, -2)
+        state = _attend(state, kv, (inner, mid_stop, stop), rows, extra, HEAD, BLOCK_K, -1)
     else:
         k_base = k_ptr + tl.cast(head // group, tl.int64) * k_head
         v_base = v_ptr + tl.cast(head // group, tl.int64) * v_head
         kv = (k_base, k_row, v_base, v_row)
         # Only the edges of the block's range need masks.
         inner, outer = inner_range(low, mid, mid_stop, stop, BLOCK_K)
-        span = (low, low, inner, inner)
-        state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, EDGE_STAGES)
-        span = (inner, inner, outer, outer)
-        state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, 0)
-        span = (outer, outer, stop, stop)
-        state = _attend(state, kv, span, rows, extra, HEAD, BLOCK_K, EDGE_STAGES)
+        state = _attend(state, kv, (low, low, inner), rows, extra, HEAD, BLOCK_K, EDGE_STAGES)
+        state = _attend(state, kv, (inner, inner, outer), rows, extra, HEAD, BLOCK_K, 0)
+        state = _attend(state, kv, (outer, outer, stop), rows, extra, HEAD, BLOCK_K, EDGE_STAGES)
     acc, top, total = state
     # Padding rows may have met their neighbours' keys in the unmasked loop.
     valid = first <= last

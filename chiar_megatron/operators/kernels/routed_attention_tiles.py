@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,8 +19,25 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(math.log(2))
 # Seven rounds of Philox pass the usual batteries; ten are its margin for cryptography's sake.
 PHILOX_ROUNDS = tl.constexpr(7)
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves: q, out [R, n, d]; k, v [K, g, d]; first, last [R]; lse [n, R]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    first: Tensor
+    last: Tensor
+    out: Tensor
+    lse: Tensor
+
+    def strides(self, grad: Tensor) -> tuple[int, ...]:
+        """Of rows and heads: q, k, v and the gradient of the output."""
+        return tuple(stride for x in (self.q, self.k, self.v, grad) for stride in x.stride()[:2])
 
 
 @dataclass(frozen=True)

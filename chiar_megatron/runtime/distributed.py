@@ -11,7 +11,6 @@ import hashlib
 import os
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,17 +114,16 @@ def initialize(parallel: ParallelConfig, runtime: RuntimeConfig, env: ProcessEnv
 
 def _join(device: torch.device, runtime: RuntimeConfig, env: ProcessEnv) -> None:
     store = rendezvous(env, runtime.start_timeout_seconds)
-    options: dict[str, Any] = {}
     if device.type == "cuda":
-        options["device_id"] = device
         os.environ.setdefault(FLIGHT_RECORDER, str(RECORDED_COLLECTIVES))
+    # Without `device_id`, with which every group would get an NCCL communicator at once, although most are
+    # never used: each takes memory of the device, and up to half a second to end.
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=env.rank,
         world_size=env.world_size,
         timeout=datetime.timedelta(seconds=runtime.collective_timeout_seconds),
-        **options,
     )
 
 

@@ -219,8 +219,7 @@ class ParallelConfig:
     """Shard the optimizer's state over replicas (ZeRO-1)."""
 
     overlap_grad_reduce: bool = False
-    """Sum gradients over replicas bucket by bucket while backward goes on. Steps are then not replayed as a
-    CUDA graph."""
+    """Sum gradients over replicas bucket by bucket while backward goes on."""
 
     overlap_param_gather: bool = False
     """Gather the weights that the distributed optimizer has updated layer by layer while forward goes on;

@@ -11,6 +11,7 @@ from chiar_megatron.config.schema import RunConfig
 from chiar_megatron.model.gpt import ChiarModel
 from chiar_megatron.model.pipeline import pipeline_layout
 from chiar_megatron.runtime.distributed import World, seed_random_streams
+from chiar_megatron.runtime.paths import replays_steps
 
 # How distributed checkpoints are cut: layers under names of their own, since D, R and A layers differ,
 # and optimizer state that any other layout can read.
@@ -28,6 +29,8 @@ def build_model(config: RunConfig, world: World, vp_stage: int | None = None) ->
     layout = pipeline_layout(config) if world.pipeline_size > 1 else None
     settings = transformer_config(config.model, config.parallel, config.training.precision, layout)
     settings.deterministic_mode = config.training.deterministic
+    # What megatron-core does for old versions of torch; a CUDA graph cannot hold it.
+    settings.batch_p2p_sync = not replays_steps(config, world.device)
     if config.training.recompute == "full":
         settings.recompute_granularity, settings.recompute_method = "full", "uniform"
         settings.recompute_num_layers = 1

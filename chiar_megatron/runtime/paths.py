@@ -57,7 +57,7 @@ def would_replay(config: RunConfig) -> bool:
 
 def why_launched(config: RunConfig) -> str | None:
     """Why the host must launch every kernel of this recipe's steps; None if they can be replayed."""
-    parallel, training, runtime = config.parallel, config.training, config.runtime
+    training, runtime = config.training, config.runtime
     routed = "R" in config.model.schedule
     reasons = {
         "runtime.cuda_graph is false": runtime.cuda_graph is False,
@@ -65,10 +65,6 @@ def why_launched(config: RunConfig) -> str | None:
             routed and not has_fixed_rows(config.model.router)
         ),
         "decisions are recorded or replayed": bool(runtime.record_decisions or runtime.replay_decisions),
-        "a pipeline has not been tried in a graph": parallel.pipeline_model_parallel_size > 1,
-        "overlapped communication beside tensor or context parallelism has not been tried in a graph": (
-            parallel.overlap_grad_reduce and not holds_whole_layers(parallel)
-        ),
         # They drop what they dropped before only if the host sets the generator back.
         "layers with dropout are recomputed": training.recompute == "full" and config.model.dropout > 0.0,
         # A graph may choose other algorithms than the first steps, which run without it.

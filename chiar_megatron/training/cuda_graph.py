@@ -71,9 +71,14 @@ class GraphedPass:
         self.forget()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has a pool of its own, as large as all activations
-        # Other threads, which read data ahead and write checkpoints, may go on.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            self.reports = self.run(self.inputs)
+        stream = torch.cuda.current_stream()
+        try:
+            # Other threads, which read data ahead and write checkpoints, may go on.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.reports = self.run(self.inputs)
+        except Exception:
+            _log.error("this step cannot be a CUDA graph; runtime.cuda_graph=false trains without, slower")
+            raise
         self.graph = graph
         RECORDED_GRAPHS.add(graph)
         _log.info("steps are replayed as one CUDA graph from here on")

@@ -136,7 +136,7 @@ class MegatronEngine:
         forget = partial(gather_again, self.wrapped)
         if self.config.parallel.overlap_grad_reduce:
             return GraphedPass(ReducedGradients(run, reduce), forget), lambda: None
-        return GraphedPass(CopiedGradients(run, self.module), forget), reduce
+        return GraphedPass(CopiedGradients(run, self.chunks), forget), reduce
 
     @property
     def module(self) -> ChiarModel:

@@ -19,10 +19,10 @@ class CopiedGradients:
     activations are gone. Gradients must not be reduced over replicas before.
     """
 
-    def __init__(self, run: Pass, module: torch.nn.Module) -> None:
+    def __init__(self, run: Pass, modules: Sequence[torch.nn.Module]) -> None:
         self.run = run
         self.collected = _Collected()
-        for parameter in module.parameters():
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self.collected.add)
 

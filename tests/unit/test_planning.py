@@ -63,11 +63,9 @@ def recorded(pattern: str) -> list[tuple[str, RunConfig, dict[str, Any]]]:
 
 
 RECORDS = "step_T*_h200.json"
-# Kernels of that record kept the spectrum too.
-KEPT_AS_NOW = [run for run in recorded(RECORDS) if not run[0].startswith("step_T8192_h200")]
 
 
-@pytest.mark.parametrize(("name", "config", "measured"), KEPT_AS_NOW, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("name", "config", "measured"), recorded(RECORDS), ids=lambda value: str(value)[:40])
 def test_memory_of_recorded_runs(name: str, config: RunConfig, measured: dict[str, Any]) -> None:
     (stage,) = stage_memory(config, replicas=1, compiled=True)
     assert stage.peak == pytest.approx(measured["peak_memory_bytes"], rel=0.02)
@@ -81,7 +79,7 @@ def test_speed_of_recorded_runs(name: str, config: RunConfig, measured: dict[str
 
 
 def test_there_are_records() -> None:
-    names = [name for name, _, _ in KEPT_AS_NOW]
+    names = [name for name, _, _ in recorded(RECORDS)]
     assert sum("twin" in name for name in names) >= 4 and sum("ρ=" in name for name in names) >= 4
 
 

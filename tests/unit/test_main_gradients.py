@@ -26,7 +26,7 @@ def engine_of(copied: bool, micro_batches: int, precision: str) -> MegatronEngin
     config = resolve_config(config_from_dict(fields), vocab_size=None, eod_token=0)
     engine = MegatronEngine(config, single_process_world("cpu"))
     if copied:
-        engine._train_pass = CopiedGradients(engine._train_pass, engine.module)
+        engine._train_pass = CopiedGradients(engine._train_pass, engine.chunks)
     return engine
 
 

@@ -89,13 +89,16 @@ def runner(kernel, saved, grad):
     sums = bwd.space_for_sums(saved.q, saved.k)
     dq = torch.empty(saved.q.shape, dtype=grad.dtype, device="cuda")
     after = (*torch.rand(2, len(dq), D // 2, device="cuda"), sums[0], sums[2])
-    first = lambda: query_gradient(grad, saved, None, numbers, dq, after)  # noqa: E731
+
+    def queries():
+        return query_gradient(grad, saved, None, numbers, dq, after)
+
     if kernel == "query_grad":
-        return first
-    found = first()
+        return queries
+    found = queries()
     dkv = torch.empty(len(saved.k), N, 2, D, dtype=grad.dtype, device="cuda")
-    out, after_keys = (dkv[:, :, 0], dkv[:, :, 1]), (*torch.rand(2, 256, D // 2, device="cuda"), sums[1])
-    return lambda: key_gradient(grad, saved, found, None, numbers, out, after_keys)
+    out, of_keys = (dkv[:, :, 0], dkv[:, :, 1]), (*torch.rand(2, 256, D // 2, device="cuda"), sums[1])
+    return lambda: key_gradient(grad, saved, found, None, numbers, out, of_keys)
 
 
 def compile_one(kernel, numbers):

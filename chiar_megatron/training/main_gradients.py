@@ -22,9 +22,10 @@ class CopiedGradients:
     def __init__(self, run: Pass, modules: Sequence[torch.nn.Module]) -> None:
         self.run = run
         self.collected = _Collected()
-        for parameter in (parameter for module in modules for parameter in module.parameters()):
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self.collected.add)
+        for module in modules:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self.collected.add)
 
     def __call__(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """What `run` returns."""

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from chiar_megatron.config.load import config_from_dict, resolve_config
+from chiar_megatron.model import build
+from chiar_megatron.runtime.distributed import single_process_world
 from chiar_megatron.runtime.paths import why_launched, would_replay
 
 TP, CP, PP = (f"parallel.{kind}_parallel_size" for kind in ("tensor_model", "context", "pipeline_model"))
@@ -54,3 +56,14 @@ def test_replayed(fields: dict[str, Any]) -> None:
 )
 def test_launched_by_the_host(fields: dict[str, Any], word: str) -> None:
     assert word in (reason(fields) or "")
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_stages_wait_for_the_device_only_outside_a_graph(
+    replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """megatron-core would, after every exchange; a graph cannot hold that. What decides needs a GPU."""
+    monkeypatch.setattr(build, "replays_steps", lambda *_: replayed)
+    config = resolve_config(config_from_dict({"model.preset": "tiny"}, "test"), vocab_size=100, eod_token=0)
+    model = build.build_model(config, single_process_world("cpu"))
+    assert model.config.batch_p2p_sync is not replayed

@@ -20,6 +20,7 @@ from torch import Tensor
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     LN_2,
     Saved,
+    finished,
     inner_range,
     kept,
     line,
@@ -30,7 +31,6 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     padded_head,
     store_tile,
     tuning_of,
-    turned_back,
     within,
 )
 
@@ -192,11 +192,7 @@ def _key_gradient_kernel(
             span = (outer, outer, stop, stop)
             state = _over_rows(state, kv, rows, span, extra, HEAD, BLOCK_Q, EDGE_STAGES)
     dk, dv = state
-    if cos_ptr is None:
-        dk *= scale * LN_2
-    else:
-        dk = turned_back(dk, (cos_ptr, sin_ptr), key % lines, scale * LN_2, HEAD)
-        if sums_ptr is not None:
-            tl.store(sums_ptr + (block * groups + kv_head) * HEAD + tl.arange(0, HEAD), tl.sum(dk, 0))
+    after = (cos_ptr, sin_ptr, sums_ptr)
+    dk = finished(dk, after, key % lines, scale * LN_2, block * groups + kv_head, HEAD)
     store_tile(dk_ptr + kv_head * out_head, start, out_row, K, dk, HEAD)
     store_tile(dv_ptr + kv_head * out_head, start, out_row, K, dv, HEAD)

@@ -19,6 +19,7 @@ from torch import Tensor
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     LN_2,
     Saved,
+    finished,
     inner_range,
     kept,
     key_range,
@@ -29,7 +30,6 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     per_row,
     store_tile,
     tuning_of,
-    turned_back,
     within,
 )
 
@@ -205,10 +205,6 @@ def _one_block(tensors, tiles, strides, place, numbers, BLOCKS: tl.constexpr):
         dq = _over_keys(dq, rows, kv, span, extra, HEAD, BLOCK_K, EDGE_STAGES)
     # Padding rows may have met gradients that are no numbers.
     dq = tl.where((first <= last)[:, None], dq, 0.0)
-    if cos_ptr is None:
-        dq *= scale * LN_2
-    else:
-        dq = turned_back(dq, (cos_ptr, sin_ptr), tl.maximum(last, 0) % lines, scale * LN_2, HEAD)
-        if row_sums_ptr is not None:
-            tl.store(row_sums_ptr + (block * heads + head) * HEAD + tl.arange(0, HEAD), tl.sum(dq, 0))
+    after = (cos_ptr, sin_ptr, row_sums_ptr)
+    dq = finished(dq, after, tl.maximum(last, 0) % lines, scale * LN_2, block * heads + head, HEAD)
     store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)

@@ -203,6 +203,22 @@ def turned_back(tile, angles, place, factor, HEAD: tl.constexpr):
 
 
 @triton.jit
+def finished(tile, after, place, factor, line_of_sums, HEAD: tl.constexpr):
+    """factor times the gradient `tile` of rotated rows, rotated back where there are angles at `place`.
+
+    after: pointers to cos, sin and, if they are wanted, sums over rows: they go to that line.
+    """
+    cos_ptr, sin_ptr, sums_ptr = after
+    if cos_ptr is None:
+        tile *= factor
+    else:
+        tile = turned_back(tile, (cos_ptr, sin_ptr), place, factor, HEAD)
+        if sums_ptr is not None:
+            tl.store(sums_ptr + line_of_sums * HEAD + tl.arange(0, HEAD), tl.sum(tile, 0))
+    return tile
+
+
+@triton.jit
 def within(x, low, stop):
     """low <= x < stop for int32, by one comparison; anything where stop < low."""
     return (x - low).to(tl.uint32, bitcast=True) < (stop - low).to(tl.uint32, bitcast=True)

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from chiar_megatron.operators.kernels import routed_attention as fwd
 from chiar_megatron.operators.kernels import routed_attention_backward as bwd
 from chiar_megatron.operators.kernels import routed_attention_tiles as tiles
+from chiar_megatron.operators.kernels.routed_attention_blocks import cut_rows
 from chiar_megatron.operators.kernels.routed_attention_key_gradient import key_gradient
 from chiar_megatron.operators.kernels.routed_attention_query_gradient import query_gradient
 
@@ -77,16 +78,24 @@ def problem(T, b, rho, seed=0):
 
 
 def saved_of(q, k, v, first, last):
-    out, lse = fwd._forward_op(q, k, v, first, last, None, 0.0)
-    return tiles.Saved(q, k, v, first, last, out, lse)
+    out, lse, blocks = fwd._forward_op(q, k, v, first, last, None, 0.0, sequences_of(first, last))
+    return tiles.Saved(q, k, v, first, last, out, lse, blocks)
+
+
+def sequences_of(first, last):
+    return len(first[first <= last].unique())
 
 
 def runner(kernel, saved, grad):
     """A call of one kernel at the tuning in OVERRIDES; gradients rotate and add up, as in a layer."""
+    sequences = sequences_of(saved.first, saved.last)
     if kernel == "forward":
-        return lambda: fwd._forward_op(*saved[:5], None, 0.0)
+        return lambda: fwd._forward_op(*saved[:5], None, 0.0, sequences)
     numbers = (tiles.score_scale(D), 0, 1.0)
-    sums = bwd.space_for_sums(saved.q, saved.k)
+    block_q = tiles.tuning_of("query_grad", saved.q).block_q
+    blocks = cut_rows(saved.q, len(saved.k), (saved.first, saved.last), sequences, block_q)
+    saved = saved._replace(blocks=blocks)
+    sums = bwd.space_for_sums(saved.q, saved.k, blocks)
     dq = torch.empty(saved.q.shape, dtype=grad.dtype, device="cuda")
     after = (*torch.rand(2, len(dq), D // 2, device="cuda"), sums[0], sums[2])
 

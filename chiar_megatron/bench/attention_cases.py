@@ -154,7 +154,7 @@ def routed_cases(shape: Shape, rho: float, sets: int, note: Callable[[str], None
     grads = [shape.normal(*query).detach() for _ in range(sets)]
 
     def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return routed_attention(q, k, v, rows.first_R, rows.last_R)
+        return routed_attention(q, k, v, rows.first_R, rows.last_R, sequences=shape.batch)
 
     cases = [Case(f"routed ρ={rho:g}", rho, routed, inputs, grads, rows)]
     if shape.with_flex and shape.device.type == "cuda":

@@ -22,19 +22,26 @@ MASKED_BLOCK = 1024  # the same on CUDA in float32, where each block sees all ke
 
 
 def routed_attention(
-    q_RND: Tensor, k_KGD: Tensor, v_KGD: Tensor, first_R: Tensor, last_R: Tensor, dropout_p: float = 0.0
+    q_RND: Tensor,
+    k_KGD: Tensor,
+    v_KGD: Tensor,
+    first_R: Tensor,
+    last_R: Tensor,
+    dropout_p: float = 0.0,
+    sequences: int = 1,
 ) -> Tensor:
     """Softmax attention, scaled by 1/√d, in float32 where inputs are of half precision; `[R, n, d]`.
 
     q_RND: query rows. k_KGD, v_KGD: keys and values of all K tokens (or rows); each of g groups serves
     n/g query heads. first_R, last_R: int, both ascending over used rows; an unused row (at the end) has
-    last < first and gives 0. By the Triton kernel on CUDA in half precision, else by plain PyTorch.
+    last < first and gives 0. sequences: of how many, equally long, the keys are; for speed alone. By the
+    Triton kernel on CUDA in half precision, else by plain PyTorch.
     """
     if kernels_available(q_RND.device) and q_RND.dtype in (torch.bfloat16, torch.float16):
         from chiar_megatron.operators.kernels import routed_attention as kernel
 
         seed = _seed(q_RND, dropout_p)
-        return kernel.routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p, seed)
+        return kernel.routed_attention(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p, seed, sequences)
     if q_RND.device.type == "cpu":
         return _by_blocks(q_RND, k_KGD, v_KGD, first_R, last_R, dropout_p)
     # Blocks only bound the mask's memory: where each begins to see keys the host would have to wait for.

@@ -23,9 +23,13 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from chiar_megatron.operators.kernels import routed_attention_tiles as tiles
 from chiar_megatron.operators.kernels.routed_attention import routed_attention
+from chiar_megatron.operators.kernels.routed_attention_blocks import cut_rows
 
 if not isinstance(tiles.load_tile, InterpretedFunction):
     pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+
+
+OVER_ROWS = ("forward", "query_grad")
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["pointers", "tma"])
@@ -33,7 +37,7 @@ def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Blocks smaller than the cases, and unequal, so that loops have edges and a middle."""
     tma = request.param
     monkeypatch.setattr(tiles, "OVERRIDES", {
-        "forward": tiles.Tuning(32, 16, 4, 1, tma=tma), "query_grad": tiles.Tuning(16, 32, 4, 1, tma=tma),
+        "forward": tiles.Tuning(32, 16, 4, 1, tma=tma), "query_grad": tiles.Tuning(32, 32, 4, 1, tma=tma),
         "key_grad": tiles.Tuning(16, 32, 4, 1, tma=tma),
     })  # fmt: skip
 
@@ -75,10 +79,12 @@ def routed(starts: list[int], K: int, light: Tensor, R: int) -> tuple[Tensor, Te
     return first, last
 
 
-def check(tensors: list[Tensor], first: Tensor, last: Tensor, tolerance: float = 1e-5) -> None:
+def check(
+    tensors: list[Tensor], first: Tensor, last: Tensor, tolerance: float = 1e-5, sequences: int = 1
+) -> None:
     """Output and gradients of the kernels and of the formula, for a random gradient of the output."""
     tensors = [x.detach().requires_grad_() for x in tensors]
-    out = routed_attention(*tensors, first, last)
+    out = routed_attention(*tensors, first, last, sequences=sequences)
     assert out.is_contiguous() and out.dtype == tensors[0].dtype and out.shape == tensors[0].shape
     grad = random(*out.shape, seed=9, dtype=out.dtype)
     wanted = formula(*tensors, first, last)
@@ -116,6 +122,53 @@ def test_any_number_of_rows_and_of_valid_ones(R, valid):
 def test_all_light_in_sequences_and_documents(starts, K):
     first, last = routed(starts, K, torch.arange(K), K)
     check([random(K, 1, 16), random(K, 1, 16, seed=1), random(K, 1, 16, seed=2)], first, last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sequences", [1, 2, 3, 5, 7, 150])
+def test_blocks_that_end_with_sequences(sequences, dtype):
+    """Three of 50 tokens: whatever number is said, results are right."""
+    first, last = routed([0, 50, 100], 150, some(150, 110), 130)
+    tensors = [random(rows, 2, 16, seed=i, dtype=dtype) for i, rows in enumerate((130, 150, 150))]
+    check(tensors, first, last, 1e-5 if dtype == torch.float32 else 3e-3, sequences)
+
+
+@pytest.mark.parametrize("heads", [1, 2000])
+@pytest.mark.parametrize(
+    ("sequences", "length", "light", "R"),
+    [
+        (4, 256, 600, 640),
+        (4, 256, 0, 70),
+        (1, 1000, 500, 500),
+        (6, 40, 90, 91),
+        (3, 7, 21, 21),
+        (2, 64, 1, 1),
+    ],
+)
+def test_blocks_of_rows(sequences, length, light, R, heads):
+    """Each row once; of a sequence whole blocks from its end; of some sequences the last ones first."""
+    keys = sequences * length
+    starts = list(range(0, keys, length))
+    first, last = routed(starts, keys, some(keys, light), R)
+    start, stop = cut_rows(torch.empty(R, heads, 1), keys, (first, last), sequences, 32).unbind(0)
+    sizes = (stop - start).tolist()
+    taken = sorted(row for a, b in zip(start.tolist(), stop.tolist(), strict=True) for row in range(a, b))
+    assert taken == list(range(R)) and min(sizes) >= 0 and max(sizes) <= 32
+    of_row = torch.where(last >= first, last // length, sequences)
+    blocks = [(of_row[a].item(), a, b) for a, b in zip(start.tolist(), stop.tolist(), strict=True) if b > a]
+    assert all(of_row[a:b].unique().numel() == 1 for _, a, b in blocks)
+    cut = [block for block in blocks if block[0] < sequences]
+    assert blocks[: len(cut)] == cut, "padding comes last"
+    for sequence in range(sequences):
+        own = [block for block in cut if block[0] == sequence]
+        assert own == sorted(own, reverse=True) and all(b - a == 32 for _, a, b in own[:-1])
+    if heads == 2000:  # enough programs in one sequence
+        assert cut == sorted(cut, reverse=True)
+    elif light >= 20 * sequences:
+        lasts = {max(block for block in cut if block[0] == sequence) for sequence in range(sequences)}
+        together = 1 << (sequences.bit_length() - 1)
+        assert len({block[0] for block in cut[-together:]}) == together and max(cut) in cut[:together]
+        assert cut[0] in lasts
 
 
 @pytest.mark.parametrize(("d", "n", "g"), [(16, 4, 2), (40, 2, 1), (64, 2, 2), (128, 2, 1), (3, 3, 1)])
@@ -245,7 +298,7 @@ def test_the_op_keeps_its_contract_with_torch():
     q, k, v = (random(r, 2, 16, seed=r).requires_grad_() for r in (16, 20, 20))
     op = torch.ops.chiar_megatron.routed_attention.default
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    results = torch.library.opcheck(op, (q, k, v, first, last, None, 0.0), test_utils=checks)
+    results = torch.library.opcheck(op, (q, k, v, first, last, None, 0.0, 4), test_utils=checks)
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -256,3 +309,7 @@ def test_every_kernel_has_default_blocks(monkeypatch):
             for dtype in (torch.float32, torch.bfloat16):
                 tuning = tiles.tuning_of(kernel, torch.empty(1, d, dtype=dtype))
                 assert tuning.block_q % 16 == tuning.block_k % 16 == 0
+    for d in (64, 128, 256):
+        for dtype in (torch.float32, torch.bfloat16):
+            rows = [tiles.tuning_of(kernel, torch.empty(1, d, dtype=dtype)) for kernel in OVER_ROWS]
+            assert len({tuning.block_q for tuning in rows}) == 1, "one cut of the rows serves both"

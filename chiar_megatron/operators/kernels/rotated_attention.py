@@ -18,6 +18,7 @@ from chiar_megatron.operators.kernels.column_sums import write_column_sums
 from chiar_megatron.operators.kernels.rotary import turn
 from chiar_megatron.operators.kernels.routed_attention import attend, gradients_of
 from chiar_megatron.operators.kernels.routed_attention_backward import After, space_for_sums
+from chiar_megatron.operators.kernels.routed_attention_blocks import empty_blocks
 from chiar_megatron.operators.kernels.routed_attention_tiles import per_row, turns_in_kernels
 
 KEY, VALUE = 0, 1  # of the third dimension of keys and values
@@ -48,14 +49,15 @@ def _forward_op(
     angles: list[Tensor],
     seed: Optional[Tensor],
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, logsumexp, rotated queries and rotated keys [K, g, d]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, logsumexp, blocks of rows, rotated queries and rotated keys [K, g, d]."""
     turned_q, turned_k = _empty(q, kv)
     q, kv = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, kv))
     turn((q, turned_q), (kv[:, :, KEY], turned_k), ranges[1], _contiguous(angles), 1.0)
     keys_values, (first, last) = (turned_k, kv[:, :, VALUE]), ranges
-    out, lse = attend(turned_q, keys_values, (first, last), seed, dropout_p)
-    return out, lse, turned_q, turned_k
+    sequences = _sequences(kv, angles)
+    out, lse, blocks = attend(turned_q, keys_values, (first, last), seed, dropout_p, sequences)
+    return out, lse, blocks, turned_q, turned_k
 
 
 @torch.library.custom_op("chiar_megatron::rotated_attention_backward", mutates_args=())
@@ -70,14 +72,14 @@ def _backward_op(
     bias: Optional[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, kv and the bias (without one: empty); saved: what the forward pass returned."""
-    out, lse, turned_q, turned_k = saved
+    out, lse, blocks, turned_q, turned_k = saved
     dq, dkv, of_bias = _empty_gradients(grad, kv, bias)
-    inputs = [turned_q, turned_k, kv[:, :, VALUE], *ranges, out, lse]
+    inputs = [turned_q, turned_k, kv[:, :, VALUE], *ranges, out, lse, blocks]
     outputs, tables = (dq, dkv[:, :, KEY], dkv[:, :, VALUE]), _contiguous(angles)
     sums: list[Optional[Tensor]] = [None, None, None]
     if turns_in_kernels(dq.shape[-1]):
         if bias is not None:
-            sums[:] = space_for_sums(turned_q, turned_k)
+            sums[:] = space_for_sums(turned_q, turned_k, blocks)
             if dropout_p > 0:
                 sums[2] = None
         gradients_of(grad, inputs, seed, dropout_p, outputs, After(tables, *sums))
@@ -97,6 +99,10 @@ def _write_bias_gradient(of_bias: Tensor, row_sums: Tensor, key_sums: Tensor, va
     write_column_sums((row_sums, parts[0]), (key_sums, parts[1]), (value_sums, parts[2]))
 
 
+def _sequences(kv: Tensor, angles: list[Tensor]) -> int:
+    return len(kv) // max(1, len(angles[0]))
+
+
 def _contiguous(angles: list[Tensor]) -> tuple[Tensor, Tensor]:
     cos, sin = angles
     return cos.contiguous(), sin.contiguous()
@@ -108,8 +114,11 @@ def _empty(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_forward_op.register_fake
-def _(q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), per_row(q), *_empty(q, kv)
+def _(
+    q: Tensor, kv: Tensor, ranges: list[Tensor], angles: list[Tensor], *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, per_row(q), empty_blocks(q, len(kv), _sequences(kv, angles)), *_empty(q, kv)
 
 
 @_backward_op.register_fake
@@ -152,6 +161,6 @@ class _RotatedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
         kv, *rest, seed, bias = ctx.saved_tensors
-        saved, ranges, angles = rest[:4], rest[4:6], rest[6:8]
+        saved, ranges, angles = rest[:5], rest[5:7], rest[7:9]
         dq, dkv, of_bias = _backward_op(grad, kv, saved, ranges, angles, seed, ctx.dropout_p, bias)
         return dq, dkv, None, None, None if bias is None else of_bias, *[None] * 4

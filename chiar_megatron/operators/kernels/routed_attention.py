@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chiar_megatron.operators.kernels.routed_attention_backward import After, gradients
+from chiar_megatron.operators.kernels.routed_attention_blocks import cut_rows, empty_blocks
 from chiar_megatron.operators.kernels.routed_attention_tiles import (
     Saved,
     dropout_numbers,
@@ -45,6 +46,7 @@ def routed_attention(
     last_R: Tensor,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    sequences: int = 1,
 ) -> Tensor:
     """Softmax attention of each query row over its range of keys, scale 1/√d.
 
@@ -52,7 +54,8 @@ def routed_attention(
     a contiguous last dimension; all of k and v is finite. first, last: [R] int32, inclusive; both must not
     decrease, except that rows with last < first (padding) may stand at the end: their output and gradient
     are 0. dropout_p: dropout of the probabilities, drawn from seed, int64 [1] on the device (None: from
-    torch's generator). Returns [R, n, d], contiguous, in q's dtype. Results and gradients repeat bit for bit.
+    torch's generator). sequences: of how many, equally long, the keys are; for speed alone.
+    Returns [R, n, d], contiguous, in q's dtype. Results and gradients repeat bit for bit.
     """
     assert q_RND.ndim == k_KGD.ndim == 3 and k_KGD.shape == v_KGD.shape, (q_RND.shape, k_KGD.shape)
     assert q_RND.shape[1] % k_KGD.shape[1] == 0 and q_RND.shape[2] == k_KGD.shape[2] <= 256, q_RND.shape
@@ -62,7 +65,7 @@ def routed_attention(
         seed = None
     elif seed is None:
         seed = torch.randint(2**62, (1,), device=q_RND.device)
-    out: Tensor = _forward_op(q_RND, k_KGD, v_KGD, first_R, last_R, seed, dropout_p)[0]
+    out: Tensor = _forward_op(q_RND, k_KGD, v_KGD, first_R, last_R, seed, dropout_p, sequences)[0]
     return out
 
 
@@ -138,17 +141,16 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr = BLOCKS[2]
     EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
-    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, out_ptr, lse_ptr, seed_ptr = tensors
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, blocks_ptr, out_ptr, lse_ptr, seed_ptr = tensors
     q_row, q_head, k_row, k_head, v_row, v_head = strides
     R, heads, group = sizes
     scale, threshold, keep_scale = numbers
-    # Late rows see most keys: they start first, so that short blocks fill the end. Heads vary fastest.
-    block = tl.num_programs(0) // heads - 1 - tl.program_id(0) // heads
+    block = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    start = block * BLOCK_Q
+    start, row_stop = tl.load(blocks_ptr + block), tl.load(blocks_ptr + tl.num_programs(0) // heads + block)
     row = start + tl.arange(0, BLOCK_Q)
-    q = load_tile(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
-    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
+    q = load_tile(q_ptr + tl.cast(head, tl.int64) * q_head, start, q_row, row_stop, BLOCK_Q, HEAD, True)
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, row_stop, BLOCK_Q)
     rows = (q, row, first, last)
     extra = (scale, seed_ptr, head, threshold, keep_scale)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -174,10 +176,10 @@ def _forward_kernel(
     valid = first <= last
     acc = tl.where(valid[:, None], acc * (1.0 / tl.where(valid, total, 1.0))[:, None], 0.0)
     out_base = out_ptr + tl.cast(head, tl.int64) * HEAD
-    store_tile(out_base, start, heads * HEAD, R, acc, HEAD)
+    store_tile(out_base, start, heads * HEAD, row_stop, acc, HEAD)
     # An infinite logsumexp makes every probability of a padding row 0 in the backward pass.
     lse = tl.where(valid, top + tl.log2(tl.where(valid, total, 1.0)), float("inf"))
-    tl.store(lse_ptr + line(head, R) + row, lse, mask=row < R)
+    tl.store(lse_ptr + line(head, R) + row, lse, mask=row < row_stop)
 
 
 def attend(
@@ -186,8 +188,9 @@ def attend(
     ranges: tuple[Tensor, Tensor],
     seed: Tensor | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Output [R, n, d] and logsumexp of the scores, to base 2, [n, R] float32 by `per_row`."""
+    sequences: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [R, n, d]; logsumexp of the scores, to base 2, [n, R] float32 by `per_row`; blocks of rows."""
     (k, v), (first, last) = kv, ranges
     (R, n, d), g = q.shape, k.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -195,18 +198,19 @@ def attend(
     out = torch.empty(R, n, d, dtype=q.dtype, device=q.device)
     lse = per_row(q)
     if out.numel() == 0:
-        return out, lse
+        return out, lse, empty_blocks(q, len(k), sequences)
     tuning = tuning_of("forward", q)
+    blocks = cut_rows(q, len(k), (first, last), sequences, tuning.block_q)
     threshold, keep_scale = dropout_numbers(dropout_p)
-    _forward_kernel[(triton.cdiv(R, tuning.block_q) * n,)](
-        (q, k, v, first, last, out, lse, seed),
+    _forward_kernel[(blocks.shape[1] * n,)](
+        (q, k, v, first, last, blocks, out, lse, seed),
         *tuning.descriptors(k, v, tuning.block_k),
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         (R, n, n // g),
         (score_scale(d), threshold, keep_scale),
         **tuning.options(d),
     )
-    return out, lse
+    return out, lse, blocks
 
 
 def gradients_of(
@@ -226,8 +230,8 @@ def gradients_of(
 
 _LIBRARY = "chiar_megatron"
 _FORWARD = (
-    "(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor? seed, float dropout_p) "
-    "-> (Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor? seed, float dropout_p, int sequences) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD = "(Tensor grad, Tensor[] saved, Tensor? seed, float dropout_p) -> Tensor[]"
 
@@ -241,18 +245,22 @@ def _forward_op(
     last: Tensor,
     seed: Tensor | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    return attend(q, (k, v), (first, last), seed, dropout_p)
+    sequences: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attend(q, (k, v), (first, last), seed, dropout_p, sequences)
 
 
 @_forward_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), per_row(q)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, seed: Any, dropout_p: float, sequences: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, per_row(q), empty_blocks(q, len(k), sequences)
 
 
 @torch.library.custom_op(f"{_LIBRARY}::routed_attention_backward", mutates_args=(), schema=_BACKWARD)
 def _backward_op(grad: Tensor, saved: list[Tensor], seed: Tensor | None, dropout_p: float) -> list[Tensor]:
-    """Gradients of q, k and v, contiguous; saved: q, k, v, first, last, out, logsumexp."""
+    """Gradients of q, k and v, contiguous; saved: by the names of `Saved`."""
     out = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in saved[:3])
     gradients_of(grad, saved, seed, dropout_p, out)
     return list(out)
@@ -263,14 +271,14 @@ def _(grad: Tensor, saved: list[Tensor], *_: Any) -> list[Tensor]:
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in saved[:3]]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, first, last, seed, ctx.dropout_p = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, first, last, seed, ctx.dropout_p, _ = inputs
     ctx.save_for_backward(q, k, v, first, last, *output, seed)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *saved, seed = ctx.saved_tensors
-    return (*_backward_op(grad, saved, seed, ctx.dropout_p), None, None, None, None)
+    return (*_backward_op(grad, saved, seed, ctx.dropout_p), *[None] * 5)
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)

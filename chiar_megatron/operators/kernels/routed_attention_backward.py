@@ -31,14 +31,13 @@ class After(NamedTuple):
     value_sums: Tensor | None
 
 
-def space_for_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def space_for_sums(q: Tensor, k: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Those of `After`."""
-    (R, n, d), (K, g, _) = q.shape, k.shape
-    rows = triton.cdiv(R, tuning_of("query_grad", q).block_q)
+    (_, n, d), (K, g, _) = q.shape, k.shape
     keys = triton.cdiv(K, tuning_of("key_grad", q).block_k)
     options: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    of_rows, of_keys = torch.empty(rows, n, d, **options), torch.empty(keys, g, d, **options)
-    return of_rows, of_keys, space_for_value_sums(q, k)
+    of_rows, of_keys = torch.empty(blocks.shape[1], n, d, **options), torch.empty(keys, g, d, **options)
+    return of_rows, of_keys, space_for_value_sums(q, k, blocks)
 
 
 def gradients(
@@ -62,6 +61,8 @@ def gradients(
             if empty is not None:
                 empty.zero_()
         return
+    blocks_of = (tuning_of(kernel, saved.q).block_q for kernel in ("forward", "query_grad"))
+    assert len(set(blocks_of)) == 1, "the forward pass has cut the rows"
     angles: tuple[Tensor | None, ...] = (None, None)
     of_rows, of_keys, of_values = None, None, None
     if after is not None:

@@ -28,6 +28,7 @@ from chiar_megatron.operators.kernels.routed_attention_tiles import (
     load_tile,
     padded_head,
     per_row,
+    rows_before,
     store_tile,
     tuning_of,
     within,
@@ -57,7 +58,7 @@ def query_gradient(
     bounds = torch.empty(2 * K + 1, dtype=torch.int32, device=grad.device)
     lookups = triton.cdiv(len(bounds), BOUNDS.value)
     lines = K if after[0] is None else len(after[0])
-    _query_gradient_kernel[(lookups + triton.cdiv(R, tuning.block_q) * n,)](
+    _query_gradient_kernel[(lookups + saved.blocks.shape[1] * n,)](
         (*saved, grad, delta, bounds, seed, dq, *after),
         *tuning.descriptors(saved.k, saved.v, tuning.block_k),
         saved.strides(grad),
@@ -68,11 +69,10 @@ def query_gradient(
     return delta, bounds
 
 
-def space_for_value_sums(q: Tensor, k: Tensor) -> Tensor:
+def space_for_value_sums(q: Tensor, k: Tensor, blocks: Tensor) -> Tensor:
     """For those of `After`, of q [R, n, d] and k [K, g, d]: the heads of a group are added up like blocks."""
-    (R, n, d), g = q.shape, k.shape[1]
-    blocks = triton.cdiv(R, tuning_of("query_grad", q).block_q)
-    return torch.empty(blocks * (n // g), g, d, dtype=torch.float32, device=q.device)
+    (_, n, d), g = q.shape, k.shape[1]
+    return torch.empty(blocks.shape[1] * (n // g), g, d, dtype=torch.float32, device=q.device)
 
 
 @triton.jit
@@ -126,18 +126,8 @@ def _look_up(first_ptr, last_ptr, bounds_ptr, at, sizes):
     R, K, steps = sizes
     before = at < K
     edge = tl.where(before, at, tl.where(at < 2 * K, at - K, 2**31 - 1))
-    low = at * 0
-    high = low + R
-    for _ in range(steps):
-        middle = (low + high) >> 1
-        open_ = low < high
-        first = tl.load(first_ptr + middle, mask=open_, other=0)
-        last = tl.load(last_ptr + middle, mask=open_, other=-1)
-        # Padding rows stand at the end: beyond every key, all three stay sorted.
-        counts = tl.where(before, last < edge, first <= edge) & (first <= last)
-        low = tl.where(open_ & counts, middle + 1, low)
-        high = tl.where(open_ & (counts == 0), middle, high)
-    tl.store(bounds_ptr + at, low, mask=at <= 2 * K)
+    found = rows_before(first_ptr, last_ptr, edge, before, (R, steps))
+    tl.store(bounds_ptr + at, found, mask=at <= 2 * K)
 
 
 @triton.jit
@@ -147,12 +137,12 @@ def _query_gradient_kernel(tensors, k_tiles, v_tiles, strides, sizes, numbers, B
     number = tl.program_id(0) - lookups
     if number < 0:
         at = tl.program_id(0) * BOUNDS + tl.arange(0, BOUNDS)
-        _look_up(tensors[3], tensors[4], tensors[9], at, (R, K, steps))
+        _look_up(tensors[3], tensors[4], tensors[10], at, (R, K, steps))
     else:
-        # In the forward pass's order: late rows first.
-        block = (tl.num_programs(0) - lookups) // heads - 1 - number // heads
+        block = number // heads
         head = tl.cast(number % heads, tl.int64)
-        place = (block, head, R, heads, group, lines)
+        blocks = (tl.num_programs(0) - lookups) // heads
+        place = (block, blocks, head, R, heads, group, lines)
         _one_block(tensors, (k_tiles, v_tiles), strides, place, numbers, BLOCKS)
 
 
@@ -164,22 +154,22 @@ def _one_block(tensors, tiles, strides, place, numbers, BLOCKS: tl.constexpr):
     BLOCK_K: tl.constexpr = BLOCKS[2]
     EDGE_STAGES: tl.constexpr = BLOCKS[3]
     BLOCK_D: tl.constexpr = padded_head(HEAD)
-    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, out_ptr, lse_ptr, grad_ptr, delta_ptr = tensors[:9]
-    _, seed_ptr, dq_ptr, cos_ptr, sin_ptr, row_sums_ptr, value_sums_ptr = tensors[9:]
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, out_ptr, lse_ptr, blocks_ptr, grad_ptr = tensors[:9]
+    delta_ptr, _, seed_ptr, dq_ptr, cos_ptr, sin_ptr, row_sums_ptr, value_sums_ptr = tensors[9:]
     k_tiles, v_tiles = tiles
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head = strides
-    block, head, R, heads, group, lines = place
+    block, blocks, head, R, heads, group, lines = place
     scale, threshold, keep_scale = numbers
-    start = block * BLOCK_Q
+    start, row_stop = tl.load(blocks_ptr + block), tl.load(blocks_ptr + blocks + block)
     row = start + tl.arange(0, BLOCK_Q)
-    q = load_tile(q_ptr + head * q_head, start, q_row, R, BLOCK_Q, HEAD, True)
-    grad = load_tile(grad_ptr + head * grad_head, start, grad_row, R, BLOCK_Q, HEAD, True)
-    out = load_tile(out_ptr + head * HEAD, start, heads * HEAD, R, BLOCK_Q, HEAD, True)
-    lse = tl.load(lse_ptr + line(head, R) + row, mask=row < R, other=float("inf"))
+    q = load_tile(q_ptr + head * q_head, start, q_row, row_stop, BLOCK_Q, HEAD, True)
+    grad = load_tile(grad_ptr + head * grad_head, start, grad_row, row_stop, BLOCK_Q, HEAD, True)
+    out = load_tile(out_ptr + head * HEAD, start, heads * HEAD, row_stop, BLOCK_Q, HEAD, True)
+    lse = tl.load(lse_ptr + line(head, R) + row, mask=row < row_stop, other=float("inf"))
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + line(head, R) + row, delta, mask=row < R)
+    tl.store(delta_ptr + line(head, R) + row, delta, mask=row < row_stop)
     # After what it does not wait for: it may branch.
-    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, R, BLOCK_Q)
+    first, last, low, mid, mid_stop, stop = key_range(first_ptr, last_ptr, start, row_stop, BLOCK_Q)
     if value_sums_ptr is not None:
         # A row's probabilities add up to 1 without dropout, so values get as much as rows. Padding may hold
         # anything.
@@ -207,4 +197,4 @@ def _one_block(tensors, tiles, strides, place, numbers, BLOCKS: tl.constexpr):
     dq = tl.where((first <= last)[:, None], dq, 0.0)
     after = (cos_ptr, sin_ptr, row_sums_ptr)
     dq = finished(dq, after, tl.maximum(last, 0) % lines, scale * LN_2, block * heads + head, HEAD)
-    store_tile(dq_ptr + head * HEAD, start, heads * HEAD, R, dq, HEAD)
+    store_tile(dq_ptr + head * HEAD, start, heads * HEAD, row_stop, dq, HEAD)

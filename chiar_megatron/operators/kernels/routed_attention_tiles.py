@@ -25,7 +25,8 @@ PHILOX_ROUNDS = tl.constexpr(7)
 
 
 class Saved(NamedTuple):
-    """What the forward pass leaves: q, out [R, n, d]; k, v [K, g, d]; first, last [R]; lse [n, R]."""
+    """What the forward pass leaves: q, out [R, n, d]; k, v [K, g, d]; first, last [R]; lse [n, R]; blocks of
+    rows by `cut_rows`."""
 
     q: Tensor
     k: Tensor
@@ -34,6 +35,7 @@ class Saved(NamedTuple):
     last: Tensor
     out: Tensor
     lse: Tensor
+    blocks: Tensor
 
     def strides(self, grad: Tensor) -> tuple[int, ...]:
         """Of rows and heads: q, k, v and the gradient of the output."""
@@ -219,27 +221,46 @@ def finished(tile, after, place, factor, line_of_sums, HEAD: tl.constexpr):
 
 
 @triton.jit
+def rows_before(first_ptr, last_ptr, edge, by_last, sizes):
+    """How many rows, padding left out, have last < edge where by_last holds, else first <= edge."""
+    R, steps = sizes
+    low = edge * 0
+    high = low + R
+    for _ in range(steps):
+        middle = (low + high) >> 1
+        open_ = low < high
+        first = tl.load(first_ptr + middle, mask=open_, other=0)
+        last = tl.load(last_ptr + middle, mask=open_, other=-1)
+        # Padding rows stand at the end: beyond every key, both stay sorted.
+        counts = tl.where(by_last, last < edge, first <= edge) & (first <= last)
+        low = tl.where(open_ & counts, middle + 1, low)
+        high = tl.where(open_ & (counts == 0), middle, high)
+    return low
+
+
+@triton.jit
 def within(x, low, stop):
     """low <= x < stop for int32, by one comparison; anything where stop < low."""
     return (x - low).to(tl.uint32, bitcast=True) < (stop - low).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def key_range(first_ptr, last_ptr, start, R, BLOCK_Q: tl.constexpr):
-    """Ranges of the rows start..start+BLOCK_Q-1, and of their block: low, mid, mid_stop, stop.
+def key_range(first_ptr, last_ptr, start, row_stop, BLOCK_Q: tl.constexpr):
+    """Ranges of the rows from start on and before row_stop, and of their block: low, mid, mid_stop, stop.
 
     Some valid row sees keys of [low, stop), all of them see [mid, mid_stop). Without a valid row both
-    are empty. Padding rows and those from R on have last < first.
+    are empty. Padding rows and those from row_stop on have last < first.
     """
     NEVER: tl.constexpr = 2**31 - 2
     row = start + tl.arange(0, BLOCK_Q)
-    first = tl.load(first_ptr + row, mask=row < R, other=1)
-    last = tl.load(last_ptr + row, mask=row < R, other=0)
+    first = tl.load(first_ptr + row, mask=row < row_stop, other=1)
+    last = tl.load(last_ptr + row, mask=row < row_stop, other=0)
     # Both are sorted, padding stands last: the first row has the least of both, the last valid one the most.
-    least, some = tl.load(first_ptr + start), tl.load(last_ptr + start)
+    least = tl.load(first_ptr + start, mask=start < row_stop, other=1)
+    some = tl.load(last_ptr + start, mask=start < row_stop, other=0)
     low = tl.where(some < least, NEVER, least)
     mid_stop = tl.where(some < least, NEVER, some) + 1
-    end = tl.minimum(start + BLOCK_Q, R) - 1
+    end = row_stop - 1
     mid, most = tl.load(first_ptr + end), tl.load(last_ptr + end)
     if most < mid:
         both = (tl.cast(last, tl.int64) << 32) | tl.cast(first, tl.int64)

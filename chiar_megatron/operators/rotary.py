@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from chiar_megatron.config.schema import RotaryScalingConfig
+from chiar_megatron.operators.casts import cast
 from chiar_megatron.runtime.device import current_device
 from chiar_megatron.runtime.paths import kernels_available
 
@@ -81,7 +82,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     halves = x.float().unflatten(-1, (2, -1))
     signed_sin = torch.stack((-sin, sin), dim=-2)
     turned: Tensor = halves * cos[..., None, :] + halves.flip(-2) * signed_sin
-    return turned.flatten(-2).to(x.dtype)
+    return cast(turned.flatten(-2), x.dtype)
 
 
 def split_and_rotate(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chiar_megatron.operators.casts import cast
 from chiar_megatron.operators.dct import DctForm, dct, idct, spectral_dtype
 from chiar_megatron.operators.rows import TokenRows, as_rows, from_rows, put_rows, rows_of, take_rows
 from chiar_megatron.runtime.paths import kernels_available
@@ -37,7 +38,7 @@ class _SpectralMixing(torch.autograd.Function):
         # In half precision this rounds the spectrum, which only the gradient of w sees: like any linear
         # layer's weight gradient, it is then a float32 sum over rounded activations.
         ctx.save_for_backward(spectrum.to(x.dtype), w)
-        return idct(spectrum * w.to(spectral_dtype(x)), form).to(x.dtype)
+        return cast(idct(spectrum * w.to(spectral_dtype(x)), form), x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -46,9 +47,9 @@ class _SpectralMixing(torch.autograd.Function):
         grad_spectrum = dct(grad, ctx.form)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = idct(grad_spectrum * w.to(grad_spectrum.dtype), ctx.form).to(grad.dtype)
+            grad_x = cast(idct(grad_spectrum * w.to(grad_spectrum.dtype), ctx.form), grad.dtype)
         if ctx.needs_input_grad[1]:
-            grad_w = (grad_spectrum * spectrum).flatten(0, -2).sum(0).to(w.dtype)
+            grad_w = cast((grad_spectrum * spectrum).flatten(0, -2).sum(0), w.dtype)
         return grad_x, grad_w, None, None
 
 

@@ -182,10 +182,6 @@ def _check_layout(config: RunConfig, problems: list[str]) -> None:
         problems.append(
             f"parallel.sequence_parallel: true needs {tensor_field} above 1, which is 1; set it to false"
         )
-    if config.runtime.compile and tensor > 1:
-        problems.append(
-            f"runtime.compile: true sums gradients wrongly with {tensor_field} {tensor}; set it to null"
-        )
     _check_parts(config, problems)
     try:
         layers = len(parse_schedule(model.schedule))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -15,6 +14,7 @@ from chiar_megatron.operators.context import ForwardContext
 from chiar_megatron.operators.norm import mark_sequence_parallel
 from chiar_megatron.operators.rbf import causal_rbf_mixing, make_omega, rbf_features
 from chiar_megatron.operators.sequence_part import SequencePart
+from chiar_megatron.operators.transfers import gather_sequence
 from chiar_megatron.runtime.device import current_device
 
 
@@ -46,7 +46,7 @@ class RBFOperator(MegatronModule):
         phi_SBF = rbf_features(x_SBH, self.omega)
         all_SBF, first = phi_SBF, context.position_offset
         if self.part.group is not None:
-            all_SBF = gather_from_sequence_parallel_region(phi_SBF, group=self.part.group)
+            all_SBF = gather_sequence(phi_SBF, group=self.part.group)
             first = self.part.rank * phi_SBF.shape[0]
         if context.generation is not None:
             seen = context.generation.features_SBF.get(self.layer_number)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
 from chiar_megatron.operators.rows import TokenRows, put_rows, rows_of, take_rows
+from chiar_megatron.operators.transfers import all_to_all
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from chiar_megatron.operators.transfers import (
+    copy_to_ranks,
+    gather_sequence,
+    reduce_from_ranks,
+    reduce_scatter_sequence,
+    sharded_linear,
+)
 
 
 def parallel_linear(
@@ -27,11 +29,11 @@ def parallel_linear(
     if linear.config.tensor_model_parallel_size == 1:
         return F.linear(x_BSX, linear.weight, linear.bias if biased else None)
     if linear.sequence_parallel:
-        out_SBX, bias = linear(x_BSX.transpose(0, 1).contiguous())
+        out_SBX, bias = sharded_linear(linear, x_BSX.transpose(0, 1).contiguous())
         out_BSX = out_SBX.transpose(0, 1)
     else:
-        out_BSX, bias = linear(x_BSX)
-    return out_BSX if bias is None or not biased else out_BSX + bias  # type: ignore[no-any-return]
+        out_BSX, bias = sharded_linear(linear, x_BSX)
+    return out_BSX if bias is None or not biased else out_BSX + bias
 
 
 def enter_tensor_parallel(config: TransformerConfig, group: object, x_BSH: Tensor) -> Tensor:
@@ -40,9 +42,9 @@ def enter_tensor_parallel(config: TransformerConfig, group: object, x_BSH: Tenso
     if config.tensor_model_parallel_size == 1:
         return x_BSH
     if config.sequence_parallel:
-        gathered_SBH = gather_from_sequence_parallel_region(x_BSH.transpose(0, 1).contiguous(), group=group)
+        gathered_SBH = gather_sequence(x_BSH.transpose(0, 1).contiguous(), group=group)
         return gathered_SBH.transpose(0, 1)  # type: ignore[no-any-return]
-    return copy_to_tensor_model_parallel_region(x_BSH, group=group)  # type: ignore[no-any-return]
+    return copy_to_ranks(x_BSH, group=group)  # type: ignore[no-any-return]
 
 
 def leave_tensor_parallel(config: TransformerConfig, group: object, partial_BSH: Tensor) -> Tensor:
@@ -50,8 +52,6 @@ def leave_tensor_parallel(config: TransformerConfig, group: object, partial_BSH:
     if config.tensor_model_parallel_size == 1:
         return partial_BSH
     if config.sequence_parallel:
-        out_SBH = reduce_scatter_to_sequence_parallel_region(
-            partial_BSH.transpose(0, 1).contiguous(), group=group
-        )
+        out_SBH = reduce_scatter_sequence(partial_BSH.transpose(0, 1).contiguous(), group=group)
         return out_SBH.transpose(0, 1)  # type: ignore[no-any-return]
-    return reduce_from_tensor_model_parallel_region(partial_BSH, group=group)  # type: ignore[no-any-return]
+    return reduce_from_ranks(partial_BSH, group=group)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chiar_megatron.operators.parallel_linear import enter_tensor_parallel, leave_tensor_parallel
 from chiar_megatron.operators.rows import TokenRows, put_rows, take_rows
+from chiar_megatron.operators.transfers import sum_over_ranks
 
 
 def enter_rows(config: TransformerConfig, group: Any, x_BSH: Tensor, rows: TokenRows) -> Tensor:
@@ -25,11 +26,11 @@ def enter_rows(config: TransformerConfig, group: Any, x_BSH: Tensor, rows: Token
     if config.tensor_model_parallel_size == 1:
         return take_rows(x_BSH.flatten(0, 1), rows)
     if not config.sequence_parallel:
-        return _Sum.apply(take_rows(x_BSH.flatten(0, 1), rows), group, False, True)  # type: ignore[no-any-return,no-untyped-call]
+        return sum_over_ranks(take_rows(x_BSH.flatten(0, 1), rows), group, False, True)
     if not sums_rows(rows):
         return take_rows(enter_tensor_parallel(config, group, x_BSH).flatten(0, 1), rows)
     own_RH = take_rows(x_BSH.flatten(0, 1), _rows_of_part(rows, x_BSH.shape[0], group))
-    return _Sum.apply(own_RH, group, True, True)  # type: ignore[no-any-return,no-untyped-call]
+    return sum_over_ranks(own_RH, group, True, True)
 
 
 def leave_rows(config: TransformerConfig, group: Any, partial_RH: Tensor, rows: TokenRows, b: int) -> Tensor:
@@ -39,7 +40,7 @@ def leave_rows(config: TransformerConfig, group: Any, partial_RH: Tensor, rows: 
     if sequence_parallel and not sums_rows(rows):
         return leave_tensor_parallel(config, group, put_rows(partial_RH, rows).unflatten(0, (b, -1)))
     if config.tensor_model_parallel_size > 1:
-        partial_RH = _Sum.apply(partial_RH, group, True, sequence_parallel)  # type: ignore[no-untyped-call]
+        partial_RH = sum_over_ranks(partial_RH, group, True, sequence_parallel)
     own = _rows_of_part(rows, b, group) if sequence_parallel else rows
     out_BSH: Tensor = put_rows(partial_RH, own).unflatten(0, (b, -1))
     return out_BSH
@@ -60,25 +61,3 @@ def _rows_of_part(rows: TokenRows, b: int, group: dist.ProcessGroup) -> TokenRow
     here_R = rows.valid_R & (place_R >= 0) & (place_R < own)
     slot_N, has_row_N = (x.view(b, size, own)[:, rank].flatten() for x in (rows.slot_N, rows.has_row_N))
     return TokenRows(torch.where(here_R, sequence_R * own + place_R, 0), here_R, slot_N, has_row_N)
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over ranks, of the values, of the gradients, or of both; what is not summed passes through.
-
-    megatron-core's sums in place, and loses the sum of a tensor that is not contiguous.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, values: bool, gradients: bool) -> Tensor:
-        ctx.group, ctx.gradients = group, gradients
-        return _all_reduced(x, group) if values else x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_reduced(grad, ctx.group) if ctx.gradients else grad, None, None, None
-
-
-def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total

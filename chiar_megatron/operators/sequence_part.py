@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from chiar_megatron.operators.context import sequence_shard
+from chiar_megatron.operators.transfers import gather_sequence, reduce_from_ranks
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class SequencePart:
         """What all parts hold, put together; the gradient is not followed."""
         if self.group is None:
             return part_SX
-        return gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
+        return gather_sequence(  # type: ignore[no-any-return]
             part_SX.detach().contiguous(), tensor_parallel_output_grad=False, group=self.group
         )
 
@@ -59,4 +58,4 @@ class SequencePart:
         """The sum over parts of a contiguous tensor, where each part's share of the gradient is its own."""
         if self.group is None:
             return partial
-        return reduce_from_tensor_model_parallel_region(partial.contiguous(), group=self.group)  # type: ignore[no-any-return]
+        return reduce_from_ranks(partial.contiguous(), group=self.group)  # type: ignore[no-any-return]

@@ -48,6 +48,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP overlapped": {**PP, **OVERLAPPED},
 }
 HALVES = ("TP SP", "CP")  # also in half precision, which the kernels are for
+COMPILED = ("TP", "TP SP", "CP")  # also with compiled layers, around the transfers
 DROPS = {"replayed": None, "eager": False}
 
 
@@ -90,6 +91,7 @@ def alone() -> dict[str, Trained]:
 def together() -> dict[str, Trained]:
     recipes = {name: recipe(layout) for name, layout in LAYOUTS.items() if fits(layout)}
     recipes |= {f"{name} half": recipe(LAYOUTS[name], training__precision="bf16") for name in HALVES}
+    recipes |= {f"{name} compiled": recipe(LAYOUTS[name], runtime__compile=True) for name in COMPILED}
     recipes |= {
         f"drop {name}": recipe(TP, model__dropout=0.2, runtime__cuda_graph=graph)
         for name, graph in DROPS.items()
@@ -132,6 +134,14 @@ def test_a_layout_trains_as_one_gpu_does(name: str, half: bool, request: pytest.
     alone, together = (request.getfixturevalue(fixture) for fixture in ("alone", "together"))
     found, expected = together[f"{name} half" if half else name], alone["half" if half else "full"]
     assert not differences(found, expected, half)
+
+
+@pytest.mark.timeout(2 * LIMIT_SECONDS)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_layers_train_as_one_gpu_does(name: str, request: pytest.FixtureRequest) -> None:
+    need(LAYOUTS[name])
+    alone, together = (request.getfixturevalue(fixture) for fixture in ("alone", "together"))
+    assert not differences(together[f"{name} compiled"], alone["full"])
 
 
 @pytest.mark.timeout(2 * LIMIT_SECONDS)

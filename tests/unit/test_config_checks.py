@@ -61,8 +61,6 @@ VPP, LAYOUT = "parallel__virtual_pipeline_model_parallel_size", "parallel__layou
         ({PP: 2, LAYOUT: "Et*2|t|tL"}, "parallel.layout: 'Et*2|t|tL' has 3 chunks, but there are 2 stages"),
         ({PP: 2, LAYOUT: "Et*2|tL"}, "parallel.layout: 'Et*2|tL' has 3 layers, but model.schedule has 4"),
         ({PP: 3, LAYOUT: "Et*2||t*2L"}, "parallel.layout: 'Et*2||t*2L': a chunk is empty"),
-        ({TP: 2, "runtime__compile": True},
-         "runtime.compile: true sums gradients wrongly with parallel.tensor_model_parallel_size 2"),
         ({"parallel__overlap_param_gather": True, "parallel__distributed_optimizer": True},
          "parallel.overlap_param_gather: true needs parallel.distributed_optimizer and "
          "parallel.overlap_grad_reduce"),

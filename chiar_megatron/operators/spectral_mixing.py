@@ -47,9 +47,9 @@ class _SpectralMixing(torch.autograd.Function):
         grad_spectrum = dct(grad, ctx.form)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = cast(idct(grad_spectrum * w.to(grad_spectrum.dtype), ctx.form), grad.dtype)
+            grad_x = idct(grad_spectrum * w.to(grad_spectrum.dtype), ctx.form).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            grad_w = cast((grad_spectrum * spectrum).flatten(0, -2).sum(0), w.dtype)
+            grad_w = (grad_spectrum * spectrum).flatten(0, -2).sum(0).to(w.dtype)
         return grad_x, grad_w, None, None
 
 

@@ -1,8 +1,8 @@
 """Transfers between ranks with their gradients, which a compiled layer leaves to run as they are.
 
-torch.compile would follow megatron-core's functions: one that gives back its input and adds up gradients then
-loses their sum where its output leaves the graph (seen with torch 2.13), and under sequence parallelism ranks
-wait for each other for ever (2.11).
+torch.compile would follow megatron-core's functions. One that gives back its input and adds up gradients
+loses their sum where its output leaves the graph (seen with torch 2.13); with 2.11 gradients are wrong under
+tensor and under context parallelism, and under sequence parallelism ranks wait for each other for ever.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ DEFAULTS = {
     ("query_grad", 64): Tuning(64, 64, 4, 3, tma=True),
     ("query_grad", 128): Tuning(64, 64, 4, 2, tma=True),
     ("key_grad", 64): Tuning(32, 64, 4, 3, tma=True, registers=168),
-    ("key_grad", 128): Tuning(32, 64, 4, 2, tma=True),
+    ("key_grad", 128): Tuning(64, 64, 4, 2, tma=True),
 }
 # A sweep sets these, by kernel; they come before the defaults.
 OVERRIDES: dict[str, Tuning] = {}

@@ -28,17 +28,19 @@ class FeedForward(MLP):
     def forward(self, x_BSH: Tensor, biased: bool = True) -> Tensor:
         """Unlike megatron-core's, takes tokens batch first and returns the output with its bias added, or
         left to the caller."""
-        output_BSH = parallel_linear(self.linear_fc2, self._dropout_inner(self._inner(x_BSH)), biased)
+        inner_BSF = self._dropout_inner(self._inner(x_BSH))
+        output_BSH = parallel_linear(self.linear_fc2, inner_BSF, biased, ordered=False)
         return F.dropout(output_BSH, self.config.hidden_dropout, self.training)
 
     def _inner(self, x_BSH: Tensor) -> Tensor:
         fc1 = self.linear_fc1
         if self.config.gated_linear_unit:
-            gate, up = parallel_linear(fc1, x_BSH).chunk(2, dim=-1)
+            gate, up = parallel_linear(fc1, x_BSH, ordered=False).chunk(2, dim=-1)
             return self.activation_func(gate) * up  # type: ignore[no-any-return]
         assert self.activation_func is F.gelu
         fused = fuses_gelu(x_BSH)
-        return gelu(parallel_linear(fc1, x_BSH, biased=not fused), fc1.bias if fused else None)
+        inner_BSF = parallel_linear(fc1, x_BSH, biased=not fused, ordered=False)
+        return gelu(inner_BSF, fc1.bias if fused else None)
 
     def _dropout_inner(self, inner_BSF: Tensor) -> Tensor:
         if not self.training or self.config.hidden_dropout == 0.0:

@@ -61,8 +61,9 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         self.kind = kind
         self.model = model
         self.part = SequencePart.of(config, pg_collection)
-        # Sent to another rank as it lies in memory.
-        self.exchanges = config.sequence_parallel or config.pipeline_model_parallel_size > 1
+        # Sent to another rank as it lies in memory: to the next stage, or to those of the output layer.
+        is_last = self.layer_number == config.num_layers
+        self.exchanges = config.pipeline_model_parallel_size > 1 or (config.sequence_parallel and is_last)
         self.compiled: Callable[[Tensor, ForwardContext], Tensor] | None = None
         self._build_operators(pg_collection)
         self.mlp = FeedForward(config, tp_group=pg_collection.tp)
@@ -138,13 +139,15 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
         attention, norm = self.self_attention, self.input_layernorm
         if not self._norm_adds_bias(x_BSH):
             return self._residual(norm, x_BSH, lambda y_BSH: attention(y_BSH, context))
-        out_BSH, x_BSH = attention.beside_residual(x_BSH, context)
+        if self.config.tensor_model_parallel_size == 1:
+            out_BSH, x_BSH = attention.beside_residual(x_BSH, context)
+        else:
+            out_BSH = attention(x_BSH, context, biased=False)
         return add_and_norm(norm, x_BSH, out_BSH, attention.linear_proj.bias, users=2)
 
     def _norm_adds_bias(self, x_BSH: Tensor) -> bool:
         """Whether linear layers leave their bias to the kernel of the norm behind them."""
-        alone = self.config.tensor_model_parallel_size == 1
-        return self.model.norm == "post" and self.training and alone and fuses_norms(x_BSH)
+        return self.model.norm == "post" and self.training and fuses_norms(x_BSH)
 
     def _routed(self, x_BSH: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
         assert self.router is not None and self.statistics is not None

@@ -62,6 +62,7 @@ class SelfAttention(MegatronModule):
             init_method=config.init_method,
             bias=config.add_qkv_bias,
             gather_output=False,
+            skip_bias_add=True,
             tp_group=pg_collection.tp,
         )
         self.linear_proj = RowParallelLinear(
@@ -71,7 +72,7 @@ class SelfAttention(MegatronModule):
             init_method=config.output_layer_init_method,
             bias=config.add_bias_linear,
             input_is_parallel=True,
-            skip_bias_add=False,
+            skip_bias_add=True,
             tp_group=pg_collection.tp,
         )
 
@@ -87,11 +88,12 @@ class SelfAttention(MegatronModule):
         light_BS: bool over the whole sequence; given, only these tokens' keys and values are seen (and
         each token's own, so that no row is empty). biased: False leaves the output's bias to the caller.
         """
+        own_bias, bias = bias_for_split(x_BSH, self.linear_qkv.bias)
         if self.config.tensor_model_parallel_size == 1:
-            own_bias, bias = bias_for_split(x_BSH, self.linear_qkv.bias)
             qkv_BSX = F.linear(x_BSH, self.linear_qkv.weight, own_bias)
         else:
-            qkv_BSX, bias = parallel_linear(self.linear_qkv, x_BSH), None
+            qkv_BSX = parallel_linear(self.linear_qkv, x_BSH, biased=False)
+            qkv_BSX = qkv_BSX if own_bias is None else qkv_BSX + own_bias
         return self._attend_tokens(qkv_BSX, bias, context, light_BS, biased)
 
     def beside_residual(self, x_BSH: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:

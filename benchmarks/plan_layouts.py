@@ -1,6 +1,7 @@
 """Does `chiar plan` know what a layout of several GPUs allocates, and how long its steps take?
 
-    torchrun --nproc-per-node 4 benchmarks/plan_layouts.py [--time-limit SECONDS] [--eager] [--json FILE]
+    torchrun --nproc-per-node 4 benchmarks/plan_layouts.py [--time-limit SECONDS] [--eager | --compile]
+        [--json FILE]
 
 Trains the 400M models in every layout below that fits the processes, a few steps each. Prints planned and
 measured memory of the stage that is furthest off (measured: `torch.cuda.max_memory_allocated` above what was
@@ -63,8 +64,8 @@ MODELS: dict[str, dict[str, Any]] = {
 SMALL: dict[str, Any] = {"model.hidden_size": 64, "model.num_attention_heads": 4, "model.vocab_size": 256}
 
 
-def recipe(model: str, layout: str, on_gpu: bool, eager: bool) -> RunConfig:
-    """A resolved recipe of 16 sequences a step, 4 in a micro-batch. eager: neither compiled nor replayed."""
+def recipe(model: str, layout: str, on_gpu: bool, runtime: dict[str, bool]) -> RunConfig:
+    """A resolved recipe of 16 sequences a step, 4 in a micro-batch."""
     given: dict[str, Any] = {
         **MODELS[model],
         "model.dropout": 0.0,
@@ -75,7 +76,7 @@ def recipe(model: str, layout: str, on_gpu: bool, eager: bool) -> RunConfig:
         "training.eval_steps": 0,
         "training.micro_batch_size": 4,
         "training.global_batch_size": 16,
-        **({"runtime.compile": False, "runtime.cuda_graph": False} if eager else {}),
+        **{f"runtime.{field}": value for field, value in runtime.items()},
         **{f"parallel.{field}": value for field, value in LAYOUTS[layout].items()},
         **({} if on_gpu else SMALL),
     }
@@ -165,9 +166,13 @@ def main() -> int:
         "--time-limit", type=float, default=200.0, help="start no layout after so many seconds"
     )
     parser.add_argument("--only", default="", help="layouts whose model or name has this word")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    how.add_argument("--compile", action="store_true", help="with torch.compile in every layout")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parsed = parser.parse_args()
+    runtime = {"compile": False, "cuda_graph": False} if parsed.eager else {}
+    runtime |= {"compile": True} if parsed.compile else {}
     started, on_gpu = time.monotonic(), torch.cuda.is_available()
     env = read_process_env()
     rows: list[dict[str, Any]] = []
@@ -181,7 +186,7 @@ def main() -> int:
             if parsed.only not in f"{model}, {layout}":
                 continue
             late = time.monotonic() - started > parsed.time_limit
-            config = recipe(model, layout, on_gpu, parsed.eager)
+            config = recipe(model, layout, on_gpu, runtime)
             row = None if late else compare(config, layout, env.world_size)
             if row is not None:
                 row["layout"] = f"{model}, {layout}"

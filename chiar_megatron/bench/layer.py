@@ -141,7 +141,7 @@ def _layers(settings: StepSettings, world: World, inputs: Inputs) -> list[TimedL
         initialize_parameters(module, config.training.seed)
         module.train()
         spectral, routed, attention = module.chiar_layers
-        if compiles(world.device, config.parallel, config.runtime.compile):
+        if compiles(world.device, config.runtime.compile):
             # All kinds stand side by side here, and share one function: more versions than torch expects.
             torch._dynamo.config.recompile_limit = 64
             for layer in (spectral, routed, attention):

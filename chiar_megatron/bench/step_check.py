@@ -69,7 +69,7 @@ def _check_schedule(
         own, model=replace(small, router=dense), training=replace(config.training, precision="fp32")
     )
     module, reference = (_build(settings, world) for settings in (own, exact))
-    if compiles(world.device, config.parallel, config.runtime.compile):
+    if compiles(world.device, config.runtime.compile):
         module.compile_parts()
     _stir(module)
     with torch.no_grad():

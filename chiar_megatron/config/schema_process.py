@@ -48,8 +48,7 @@ class RuntimeConfig:
     """CPU threads of one process. null: cores / processes on this host."""
 
     compile: Optional[bool] = None
-    """Compile layers with torch.compile. null: on CUDA, where one process holds a whole layer. true:
-    anywhere; transfers between ranks stay outside."""
+    """Compile layers with torch.compile, around transfers between ranks. null: on CUDA; true: anywhere."""
 
     cuda_graph: Optional[bool] = None
     """false: never replay steps as a CUDA graph. null: on CUDA, where the shapes of a step are fixed; the log

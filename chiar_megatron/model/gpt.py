@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -71,6 +72,9 @@ class ChiarModel(GPTModel):
         if self.config.tensor_model_parallel_size == 1:
             assert self.model.vocab_size is not None
             return whole_losses(logits, labels_SB, self.model.vocab_size, self.z_loss).transpose(1, 2)
+        if kernels_available(logits.device):
+            first, real = self._vocabulary_shard(logits.shape[-1])
+            return _kernel_losses(logits, labels_SB - first, real, self.z_loss, self.tp_group).transpose(1, 2)
         labels_SB = labels_SB.contiguous()
         self._mask_padding(logits)
         # Taken first: the cross entropy below works inside the logits' memory.
@@ -113,10 +117,7 @@ def whole_losses(logits_SBV: Tensor, labels_SB: Tensor, vocab_size: int, z_loss:
     """Cross entropy in nats and weighted z-loss of each token, float32 `[2, s, b]`, where one process holds
     the whole vocabulary; ids from `vocab_size` on are padding."""
     if kernels_available(logits_SBV.device):
-        from chiar_megatron.operators.kernels.cross_entropy import cross_entropy
-
-        both = cross_entropy(logits_SBV.flatten(0, 1), labels_SB.flatten(), vocab_size, z_loss)
-        return torch.stack(both).view(2, *labels_SB.shape)
+        return _kernel_losses(logits_SBV, labels_SB, vocab_size, z_loss)
     width = logits_SBV.shape[-1]
     logits_NV = logits_SBV.flatten(0, 1).float()
     if width > vocab_size:
@@ -125,3 +126,16 @@ def whole_losses(logits_SBV: Tensor, labels_SB: Tensor, vocab_size: int, z_loss:
     loss_N = F.cross_entropy(logits_NV, labels_SB.flatten(), reduction="none")
     z_N = z_loss * logits_NV.logsumexp(-1).square() if z_loss > 0.0 else torch.zeros_like(loss_N)
     return torch.stack((loss_N, z_N)).view(2, *labels_SB.shape)
+
+
+def _kernel_losses(
+    logits_SBV: Tensor,
+    labels_SB: Tensor,
+    vocab_size: int,
+    z_loss: float,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    from chiar_megatron.operators.kernels.cross_entropy import cross_entropy
+
+    both = cross_entropy(logits_SBV.flatten(0, 1), labels_SB.flatten(), vocab_size, z_loss, group)
+    return torch.stack(both).view(2, *labels_SB.shape)

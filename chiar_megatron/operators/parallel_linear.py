@@ -72,9 +72,11 @@ def leave_tensor_parallel(config: TransformerConfig, group: object, partial_BSH:
 
 def _in_sequences(joined_NX: Tensor, b: int, size: int) -> Tensor:
     """`[b, s, ...]` from the parts of `size` ranks, one rank after the other."""
-    return joined_NX.unflatten(0, (size, b, -1)).transpose(0, 1).flatten(1, 2)
+    x_BSX: Tensor = joined_NX.unflatten(0, (size, b, -1)).transpose(0, 1).flatten(1, 2)
+    return x_BSX
 
 
 def _by_parts(x_BSX: Tensor, size: int) -> Tensor:
     """The inverse, contiguous."""
-    return x_BSX.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+    joined_NX: Tensor = x_BSX.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 2)
+    return joined_NX.contiguous()

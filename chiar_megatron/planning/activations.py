@@ -87,11 +87,10 @@ class ActivationModel:
         return LayerMemory(kept, passing, token, constant)
 
     def loss(self) -> float:
-        """Bytes a token of logits and what the loss makes of them; the kernel works inside the logits."""
+        """Bytes a token of logits; the kernel of the loss works inside them."""
         model, tensor = self.config.model, self.config.parallel.tensor_model_parallel_size
         assert model.vocab_size is not None
-        # Over several ranks megatron-core's cross entropy keeps a float32 softmax beside the logits.
-        return model.vocab_size / tensor * (self.element if tensor == 1 else self.element + 4)
+        return model.vocab_size / tensor * self.element
 
     def head(self) -> float:
         """Bytes a token that the final norm and the output product keep."""

@@ -55,8 +55,7 @@ class StageMemory:
 def stage_memory(config: RunConfig, replicas: int, compiled: bool) -> list[StageMemory]:
     """Of every pipeline stage; config: resolved. replicas: data-parallel size.
 
-    compiled: whether layers are compiled (`runtime.compile`), which on CUDA they are without tensor and
-    context parallelism.
+    compiled: whether layers are compiled (`runtime.compile`), which on CUDA they are if nobody forbids it.
     """
     layout = pipeline_layout(config)
     return [

@@ -31,6 +31,7 @@ from chiar_megatron.planning.speed import (
     MEASURED_ON,
     MEASURED_TFLOPS,
     SECONDS_PER_LAUNCH,
+    SHARED,
     UNCOMPILED,
     Cluster,
     with_layout,
@@ -203,7 +204,8 @@ def _assumptions(cluster: Cluster) -> list[str]:
     measured = f"measured: {MEASURED_ON}" if cluster.tflops == MEASURED_TFLOPS else "as given"
     return [
         f"  assumed: {cluster.tflops:g} TFLOP/s executed by a GPU ({measured});",
-        f"  {UNCOMPILED:g} of it where layers are not compiled (tensor or context parallelism);",
+        f"  {SHARED:g} of it where tensor- or context-parallel ranks share layers, {UNCOMPILED:g} where "
+        "layers are not compiled;",
         f"  {cluster.link_gb_s:g} GB/s within a node of {cluster.gpus_per_node} GPUs, "
         f"{cluster.network_gb_s:g} GB/s between nodes; nothing else takes time",
     ]

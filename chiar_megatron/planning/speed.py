@@ -27,9 +27,9 @@ from chiar_megatron.runtime.paths import would_compile, would_replay
 
 MEASURED_TFLOPS = 440.0
 MEASURED_ON = "one H200, bf16, whole steps of the 400M models: 384 to 505"
-# Of layers that are not compiled, as under tensor and context parallelism: 0.34 to 0.67 on two H200s, with
-# 4,096 tokens of hidden size 1024 each (benchmarks/README.md, "Several GPUs").
-UNCOMPILED = 0.5
+# Of layers that tensor- or context-parallel ranks share, without their transfers, and of those not compiled:
+# 4,096 tokens of hidden size 1024 a rank (benchmarks/README.md, "Several GPUs").
+SHARED, UNCOMPILED = 0.75, 0.8
 # Kernels of a layer and micro-batch, forward and backward, and what the host takes for one: profiles of 400M
 # models count 96 of compiled layers and 233 of others; two H200s of a virtual machine took 34 to 69 us.
 LAUNCHES, UNCOMPILED_LAUNCHES = 100, 240
@@ -86,7 +86,8 @@ def step_time(config: RunConfig, replicas: int, cluster: Cluster) -> StepTime:
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     costs, layout = pipeline_costs(config), pipeline_layout(config)
     loads = costs.of_stages(layout, stages)
-    rate = cluster.tflops * 1e12 * (1.0 if would_compile(config) else UNCOMPILED)
+    rate = cluster.tflops * 1e12 * (1.0 if tensor * context == 1 else SHARED)
+    rate *= 1.0 if would_compile(config) else UNCOMPILED
     per_load = training.micro_batch_size / (tensor * context * rate)
     mean = sum(loads) / stages * per_load
     within = _transfers_of_stages(config, layout, cluster)

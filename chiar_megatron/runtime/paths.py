@@ -36,17 +36,16 @@ def holds_whole_layers(parallel: ParallelConfig) -> bool:
     return parallel.tensor_model_parallel_size == parallel.context_parallel_size == 1
 
 
-def compiles(device: torch.device, parallel: ParallelConfig, wanted: bool | None = None) -> bool:
+def compiles(device: torch.device, wanted: bool | None = None) -> bool:
     """Whether layers are compiled; wanted: what the recipe says, None where it leaves it open."""
     if wanted is not None:
         return wanted
-    return device.type == "cuda" and has_triton() and holds_whole_layers(parallel)
+    return device.type == "cuda" and has_triton()
 
 
 def would_compile(config: RunConfig) -> bool:
     """Whether a CUDA device with Triton would compile this recipe's layers."""
-    wanted = config.runtime.compile
-    return holds_whole_layers(config.parallel) if wanted is None else wanted
+    return config.runtime.compile is not False
 
 
 def would_replay(config: RunConfig) -> bool:
@@ -109,14 +108,14 @@ def describe_paths(device: torch.device) -> list[tuple[str, str, str]]:
         rows.append(("routed attention", "Triton kernel", "half precision; float32 by SDPA with a mask"))
         spectral = "half precision; float32 by matrix products"
         rows.append(("spectral entropy and mixing", "Triton kernel", spectral))
-        rows.append(("cross entropy", "Triton kernel", "where one process holds the whole vocabulary"))
+        rows.append(("cross entropy", "Triton kernel", "also over shards of the vocabulary"))
     else:
         cost = "keys in whole blocks of queries" if not on_gpu else "every key for every light query"
         rows.append(("routed attention", "PyTorch", f"{missing}; costs {cost}"))
         rows.append(("spectral entropy and mixing", "PyTorch", f"{missing}; costs a transform's traffic"))
         rows.append(("cross entropy", "PyTorch", f"{missing}; costs float32 logits"))
-    if compiles(device, ParallelConfig()):
-        rows.append(("layers", "torch.compile", "where tensor and context parallel size are 1, else eager"))
+    if compiles(device):
+        rows.append(("layers", "torch.compile", "around the transfers between ranks"))
     else:
         rows.append(("layers", "eager", f"{missing}; runtime.compile=true compiles on a CPU too"))
     optimizer = "fused AdamW of torch, clipping inside it" if on_gpu else "AdamW of torch"

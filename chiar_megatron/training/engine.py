@@ -106,7 +106,7 @@ class MegatronEngine:
         virtual = config.parallel.virtual_pipeline_model_parallel_size
         vp_stages: Sequence[int | None] = range(virtual) if virtual > 1 else (None,)
         self.chunks = [build_model(config, world, vp_stage) for vp_stage in vp_stages]
-        self.compiles = compiles(world.device, config.parallel, config.runtime.compile)
+        self.compiles = compiles(world.device, config.runtime.compile)
         for chunk in self.chunks:
             initialize_parameters(chunk, config.training.seed)
             if self.compiles:

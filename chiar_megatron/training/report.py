@@ -64,7 +64,7 @@ def describe(config: RunConfig, world: World) -> list[str]:
     if "R" in model.schedule:
         lines.append(_routing_line(model, training))
     lines += [f"{part}: {path} ({why})" for part, path, why in describe_paths(world.device)]
-    if compiles(world.device, parallel, config.runtime.compile):
+    if compiles(world.device, config.runtime.compile):
         lines.append("layers are compiled at the first step")
     if replays_steps(config, world.device):
         lines.append("forward and backward are replayed as one CUDA graph from the fourth step on")

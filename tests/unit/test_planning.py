@@ -23,7 +23,7 @@ from chiar_megatron.planning.memory import GIB, USABLE, micro_batches_in_flight,
 from chiar_megatron.planning.speed import (
     LAUNCHES,
     SECONDS_PER_LAUNCH,
-    UNCOMPILED,
+    SHARED,
     UNCOMPILED_LAUNCHES,
     Cluster,
     step_time,
@@ -185,7 +185,7 @@ def test_context_parallel_step_by_hand(groups: int, sent_groups: int) -> None:
     config = resolved(fields)
     time = step_time(config, 1, Cluster(gpus=4, tflops=400.0, link_gb_s=100.0))
     flops = flops_per_sequence(config.model, 256, 1.0).total().executed
-    assert time.compute == pytest.approx(8 * flops / (4 * UNCOMPILED * 400e12))
+    assert time.compute == pytest.approx(8 * flops / (4 * SHARED * 400e12))
     assert time.imbalance == time.launching == 0.0
     tokens, head = 2 * 256 / 4, 64
     sent = 3 / 4 * tokens * (2 * 16 + 2 * sent_groups) * head * 2

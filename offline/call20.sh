@@ -1,0 +1,6 @@
+. .sweep/lib.sh
+export PYTHONPATH=$PWD/.sweep:$PYTHONPATH
+mkdir -p $R/prof
+timeout -s INT 200 python3 -W ignore .sweep/alone.py $R/alone.json "TP=2 SP" eager,compiled $R/prof >$R/alone.log 2>&1; echo "alone $? $(($(date +%s)-T0))"; grep -E "^\{|FAILED|rror" $R/alone.log | cut -c1-200
+(timeout -s INT 200 python3 -W ignore .sweep/two_on_one.py cuda 190 >$R/two.log 2>&1; echo "two $? $(($(date +%s)-T0))"; grep -E "agrees|^\[|rror" $R/two.log | tail -20 | cut -c1-220)
+pack

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any
 
 EXIT_WRONG = 1
+_SIZES = {"spectral": "--rows", "attention": "--tokens", "layer": "--tokens", "step": "--tokens-per-step"}
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|overflow")
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +25,10 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def run_bench(parsed: argparse.Namespace) -> int:
     """Ask the question; 0, or 1 if a result is wrong (it is then not timed) or a side failed.
 
-    Raises ConfigError for options that do not fit together.
+    Raises ConfigError for options that do not fit together or need more memory than there is.
     """
     from chiar_megatron.bench.checks import WrongResult
+    from chiar_megatron.errors import ConfigError
     from chiar_megatron.metrics.progress import ProgressLine
 
     try:
@@ -32,6 +36,15 @@ def run_bench(parsed: argparse.Namespace) -> int:
     except WrongResult as error:
         ProgressLine(1, False).say(f"WRONG, not timed: {error}")
         return EXIT_WRONG
+    except (MemoryError, RuntimeError) as error:  # torch tells them apart by words only
+        reason = (str(error) or "no memory left").splitlines()[0]
+        option = _SIZES.get(parsed.question)
+        if option is None or not isinstance(error, MemoryError) and not _NO_MEMORY.search(reason):
+            raise
+        value = getattr(parsed, option[2:].replace("-", "_"))
+        raise ConfigError(
+            f"{option}: {value or 'its default'} needs more memory than there is ({reason[:160]}); use fewer"
+        ) from error
 
 
 def _question(name: str) -> Any:
@@ -64,7 +77,7 @@ def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--commit", metavar="TEXT", help="commit to record, where there is no git to ask")
     parser.add_argument("--seed", type=int, default=1234, metavar="N")
     parser.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="leave out what has not begun by then"
+        "--time-limit", type=_seconds, metavar="SECONDS", help="leave out what has not begun by then"
     )
     return parser
 
@@ -162,6 +175,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0.0:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 seconds")
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,9 +47,15 @@ def bench_layer(parsed: Any) -> int:
     world = single_process_world(parsed.device)
     try:
         settings = StepSettings.of(_as_step(parsed), world.device)
+        twin, configs = twin_config(settings, world.size), _configs(settings, world)
         report = Report(f"layer_T{settings.seq_length}", settings, world.device, parsed)
-        _check(settings, world, report)
-        _time(settings, world, report, parsed.rounds or (20 if world.device.type == "cuda" else 3))
+        _check({"A": twin, **configs}, world, report)
+        if report.out_of_time:
+            report.note(f"{', '.join(['A', 'D', *configs])}: skipped, --time-limit has passed")
+            report.table(HEADER, [])
+        else:
+            rounds = parsed.rounds or (20 if world.device.type == "cuda" else 3)
+            _time(settings, configs, world, report, rounds)
     finally:
         if started_here:
             shutdown()
@@ -78,16 +85,18 @@ def _configs(settings: StepSettings, world: World) -> dict[str, RunConfig]:
     return configs
 
 
-def _check(settings: StepSettings, world: World, report: Report) -> None:
-    check_product("A", twin_config(settings, world.size), world, report.checks)
-    report.say(f"A: {report.checks.summary(0)}")
-    for name, config in _configs(settings, world).items():
+def _check(configs: Mapping[str, RunConfig], world: World, report: Report) -> None:
+    for name, config in configs.items():
+        if report.out_of_time:  # the layers are timed in one go, or not at all
+            return
         before = len(report.checks.measured)
         check_product(name, config, world, report.checks)
         report.say(f"{name}: {report.checks.summary(before)}")
 
 
-def _time(settings: StepSettings, world: World, report: Report, rounds: int) -> None:
+def _time(
+    settings: StepSettings, configs: Mapping[str, RunConfig], world: World, report: Report, rounds: int
+) -> None:
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     rate = matmul_rate(world.device, dtype)
     report.note(
@@ -95,7 +104,7 @@ def _time(settings: StepSettings, world: World, report: Report, rounds: int) -> 
         "matrix product measured in this run; forward and backward, gradients of weights included"
     )
     inputs = _inputs(settings, world.device, dtype)
-    layers = _layers(settings, world, inputs)
+    layers = _layers(configs, world, inputs)
     runs: dict[str, Run] = {timed.name: _run(timed.layer, inputs) for timed in layers}
     spreads = time_in_turn(runs, world.device, len(inputs.hidden), rounds)
     full = spreads["A"].median
@@ -133,10 +142,10 @@ def _inputs(settings: StepSettings, device: torch.device, dtype: torch.dtype) ->
     return Inputs([normal().requires_grad_() for _ in range(sets)], [normal() for _ in range(sets)], ids)
 
 
-def _layers(settings: StepSettings, world: World, inputs: Inputs) -> list[TimedLayer]:
+def _layers(configs: Mapping[str, RunConfig], world: World, inputs: Inputs) -> list[TimedLayer]:
     """A and D from the first model, R from each."""
     timed: list[TimedLayer] = []
-    for name, config in _configs(settings, world).items():
+    for name, config in configs.items():
         module = build_model(config, world)
         initialize_parameters(module, config.training.seed)
         module.train()

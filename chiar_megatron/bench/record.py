@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from chiar_megatron.bench.checks import Checks
+from chiar_megatron.errors import ConfigError
 from chiar_megatron.metrics.progress import ProgressLine
 
 RESULTS = Path("benchmarks") / "results"
@@ -29,7 +30,7 @@ class Report:
 
     def __init__(self, name: str, settings: Any, device: torch.device, options: Any) -> None:
         """settings: a dataclass or dict of sizes. options: parsed arguments `output`, `commit`,
-        `time_limit`."""
+        `time_limit`. Raises ConfigError if the record cannot be written."""
         self.device = device
         self.checks = Checks()
         self.results: list[dict[str, Any]] = []
@@ -47,6 +48,7 @@ class Report:
         }
         default = RESULTS / f"{name}_{device_slug(device)}.json"
         self.path = Path(options.output) if options.output else default
+        check_output(self.path)
 
     @property
     def elapsed(self) -> float:
@@ -82,15 +84,35 @@ class Report:
             "notes": self.notes,
             "results": self.results,
         }
-        partial = self.path.with_name(self.path.name + ".partial")
+        partial = _partial(self.path)
         partial.write_text(json.dumps(plain(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(self.path)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table, the path of the record beneath it."""
+        """Write the record and print a table, the path of the record beneath it."""
+        self.write()
         for line in format_table(header, rows):
             self._line.say(line)
         self._line.say(f"written to {self.path}")
+
+
+def check_output(path: Path) -> None:
+    """Try a record's path before anything is measured. Raises ConfigError if it cannot be written."""
+    if path.is_dir():
+        raise ConfigError(f"--output: {path} is a folder; give a file, such as {path / 'record.json'}")
+    partial = _partial(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output: {path} cannot be written ({error.strerror}); choose another file"
+        ) from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from chiar_megatron.bench.baselines import fft_way
 from chiar_megatron.bench.checks import Checks, WrongResult
 from chiar_megatron.bench.record import Report
 from chiar_megatron.bench.timing import Run, Spread, copy_bandwidth, rotation, time_in_turn
+from chiar_megatron.errors import ConfigError
 from chiar_megatron.operators.spectral_mixing import spectral_mixing
 from chiar_megatron.routing.entropy import spectral_entropy
 from chiar_megatron.runtime.device import select_device
@@ -65,11 +66,15 @@ def bench_spectral(parsed: Any) -> int:
         dtype=parsed.dtype or ("bf16" if cuda else "fp32"),
         rounds=parsed.rounds or (30 if cuda else 5),
     )
+    if settings.hidden < 2:
+        raise ConfigError(f"--hidden must be at least 2, not {settings.hidden}: one value has no entropy")
     report = Report("spectral", settings, device, parsed)
     generator = torch.Generator(device).manual_seed(parsed.seed)
     ways = ways_of(settings, device)
     inputs = [_inputs(settings, device, generator) for _ in range(rotation(2 * settings.bytes, device))]
-    found = check_ways(ways, inputs[0], report.checks)
+    found: dict[str, dict[str, float]] = {}
+    if not report.out_of_time:  # what is skipped here is skipped below too
+        found = check_ways(ways, inputs[0], report.checks)
     for line in report.checks.lines():
         report.say(line)
     _time(report, settings, ways, inputs, found)
@@ -230,6 +235,9 @@ def _time(
     target = torch.empty_like(inputs[0].x, requires_grad=False)
     rows = []
     for phase, (floor, counted) in floors.items():
+        if report.out_of_time:
+            report.note(f"{phase}: skipped, --time-limit has passed")
+            continue
         runs: dict[str, Run] = {}
         if phase == "forward":
             runs["copy"] = lambda index: target.copy_(inputs[index].x.detach())

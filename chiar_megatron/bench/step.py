@@ -64,9 +64,9 @@ class StepBench:
         """Check and time every side in turn."""
         settings, report = self.settings, self.report
         sides = sides_of(settings, self.world.size)
+        stream = self._stream()
         self._say_conditions()
         self._measure_ceiling()
-        stream = self._stream()
         for side in sides:
             if report.out_of_time:
                 report.note(f"{side.name}: skipped, --time-limit has passed")
@@ -78,7 +78,6 @@ class StepBench:
             if left > 64 << 20:
                 report.note(f"{left / 2**20:.0f} MiB are still allocated after {side.name}")
         add_ratios(report.results)
-        report.write()
         report.table(*table(report.results))
 
     def _say_conditions(self) -> None:

@@ -166,7 +166,7 @@ def _build(fields: dict[str, Any], settings: StepSettings, world_size: int) -> R
         if not equals:
             raise ConfigError(f"--set: {override!r} has no '='; write {name}=VALUE")
         fields[name] = value
-    config = resolve_config(config_from_dict(fields, "chiar bench"), vocab_size=None, eod_token=None)
+    config = resolve_config(config_from_dict(fields, "bench"), vocab_size=None, eod_token=None)
     check_config(config, world_size)
     return config
 

@@ -71,7 +71,11 @@ def _add_calibrate(verbs: Verbs) -> None:
     calibrate.add_argument("--tokenizer", metavar="PATH", help="default: the one the checkpoint names")
     calibrate.add_argument("--target", type=float, metavar="RHO", help="share of tokens to attention")
     calibrate.add_argument(
-        "--tokens", type=int, default=65536, metavar="N", help="read at most so many (%(default)s)"
+        "--tokens",
+        type=int,
+        default=65536,
+        metavar="N",
+        help="read at most so many, in whole windows of the model's length, at least one (%(default)s)",
     )
     calibrate.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once (8)")
     calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

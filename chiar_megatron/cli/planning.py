@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chiar_megatron.cli.common import count, positive
-from chiar_megatron.errors import EXIT_DONE, ChiarError
+from chiar_megatron.errors import EXIT_DONE, ChiarError, ConfigError
 
 if TYPE_CHECKING:
     from chiar_megatron.cli.common import Verbs
@@ -51,6 +51,11 @@ def _plan(parsed: argparse.Namespace) -> int:
     check_config(config, parsed.gpus)
     tokenizer = config.data.tokenizer
     if tokenizer is not None and not Path(tokenizer).exists():  # model.vocab_size is all a plan needs of it
+        if config.model.vocab_size is None:
+            raise ConfigError(
+                f"data.tokenizer: {tokenizer} does not exist, and model.vocab_size is null; make the "
+                "tokenizer first, or give model.vocab_size=N"
+            )
         config = replace(config, data=replace(config.data, tokenizer=None))
     config = resolve(config)
     check_config(config, parsed.gpus)

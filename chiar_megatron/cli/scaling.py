@@ -211,7 +211,7 @@ def _submit(parsed: argparse.Namespace) -> int:
 
     arrays = SlurmArrays(load_cluster(parsed.cluster), parsed.nodes, parsed.throttle, analysis)
     if parsed.dry_run:
-        return show_arrays(arrays.plan(sweep, [run for run in sweep.runs if run.held_out == parsed.held_out]))
+        return show_arrays(arrays.plan(sweep, sweep.wanted(parsed.held_out)))
     return submit(sweep, arrays, say, held_out=parsed.held_out)
 
 
@@ -221,7 +221,7 @@ def _collect(parsed: argparse.Namespace) -> int:
     from chiar_megatron.scaling.table import write_table
 
     sweep = read_sweep(Path(parsed.sweep))
-    runs = [run for run in collect(sweep) if run.held_out == parsed.held_out]
+    runs = collect(sweep.wanted(parsed.held_out))
     default = "held_out.csv" if parsed.held_out else "runs.csv"
     output = Path(parsed.output) if parsed.output else sweep.folder / default
     write_table(output, as_rows(runs))

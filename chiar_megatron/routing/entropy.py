@@ -29,8 +29,10 @@ def spectral_entropy(
 
     x: [..., h], any floating dtype. dc_power_weight: c, 1 is exact, 2 is what the authors' code computes.
     method: "one_pass" needs a single sweep over the powers, `(ln S - Σ P ln P / S)/ln h`; "two_pass"
-    normalises first. Returns H [...] in [0, 1], float32 (float64 for float64 x), differentiable: the
-    gradient is finite everywhere, and 0 at x = 0. Not-a-number stays not-a-number.
+    normalises first. Returns H [...] in [0, 1], float32 (float64 for float64 x), differentiable. The
+    gradient grows as 1/|x| and is 0 at x = 0; in float32 it is finite where a token's largest |x| lies
+    between 1e-36 and 1e34 (h up to 2048), and not a number where 1/|x| overflows (subnormal x, such as
+    1e-39). Infinite x, and x whose spectrum overflows, give not-a-number, as not-a-number does.
     """
     return entropy_of_spectrum(dct(x, form), dc_power_weight, method)
 

@@ -28,12 +28,12 @@ PACKAGES = (
     ("triton", "fused kernels and torch.compile on CUDA", "on CUDA both take PyTorch's slower parts"),
     ("wandb", "figures to Weights & Biases", "logging.wandb_project is refused"),
     ("tensorboard", "figures to TensorBoard", "logging.tensorboard is refused"),
-    ("transformers", "Hugging Face's format, not built yet", ""),
-    ("safetensors", "Hugging Face's format, not built yet", ""),
+    ("transformers", "models and conversion in Hugging Face's format", "that format is refused"),
+    ("safetensors", "weights in Hugging Face's format", "that format is refused"),
     ("transformer-engine", "no layer uses it; megatron-core would take its FusedAdam", ""),
     ("apex", "no layer uses it; megatron-core would take its FusedAdam", ""),
     ("flash-attn", "not used: torch brings its own", ""),
-    ("deepspeed", "not used yet", ""),
+    ("deepspeed", "not needed: chiar converts its checkpoints without it", ""),
 )
 
 # Named one by one: other variables of a job may hold secrets.

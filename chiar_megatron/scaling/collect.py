@@ -19,7 +19,7 @@ from chiar_megatron.metrics.jsonl import read_metrics
 from chiar_megatron.metrics.run_state import run_state
 from chiar_megatron.model.accounting import parameter_count
 from chiar_megatron.scaling.flops import token_flops
-from chiar_megatron.scaling.manifest import Sweep
+from chiar_megatron.scaling.manifest import PlannedRun
 
 STATUSES = ("finished", "running", "stopped", "failed", "missing")
 _LAST_SHARE = 0.05  # of the steps, whose mean loss stands for a run without validation
@@ -74,10 +74,10 @@ class CollectedRun:
     path: str = ""
 
 
-def collect(sweep: Sweep) -> list[CollectedRun]:
-    """A row for every planned run, in the manifest's order."""
+def collect(runs: Sequence[PlannedRun]) -> list[CollectedRun]:
+    """A row for each of a sweep's runs, in their order."""
     rows = []
-    for run in sweep.runs:
+    for run in runs:
         row = collect_run(Path(run.run_dir))
         rows.append(
             _with(

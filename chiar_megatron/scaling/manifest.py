@@ -64,6 +64,14 @@ class Sweep:
         """Path of a run's recipe."""
         return self.folder / run.recipe
 
+    def wanted(self, held_out: bool) -> tuple[PlannedRun, ...]:
+        """The held-out runs, or the others. Raises ConfigError if there is none."""
+        runs = tuple(run for run in self.runs if run.held_out == held_out)
+        if not runs:
+            remedy = "plan them with --held-out" if held_out else "give --held-out"
+            raise ConfigError(f"{self.folder} has {'no' if held_out else 'only'} held-out runs; {remedy}")
+        return runs
+
 
 def write_sweep(sweep: Sweep, configs: dict[str, RunConfig], add: bool = False) -> None:
     """Write recipes, then the manifest. add: keep the runs that the folder's manifest already names.

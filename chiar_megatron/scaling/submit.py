@@ -39,9 +39,9 @@ class Backend(Protocol):
 def submit(sweep: Sweep, backend: Backend, say: Say, *, held_out: bool = False) -> int:
     """Start what is not finished; held_out: the runs planned as such instead of the others.
 
-    Returns the backend's exit code, 0 if there was nothing to start.
+    Returns the backend's exit code, 0 if there was nothing to start. Raises ConfigError if none is planned.
     """
-    wanted = [run for run in sweep.runs if run.held_out == held_out]
+    wanted = sweep.wanted(held_out)
     statuses = {run.name: collect_run(Path(run.run_dir)).status for run in wanted}
     left = [run for run in wanted if statuses[run.name] != "finished"]
     say(f"{len(wanted) - len(left)} of {len(wanted)} runs are finished")

@@ -43,6 +43,10 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError if the file is missing, unreadable, empty, or names a column twice.
     """
+    if path.is_dir():
+        raise DataError(
+            f"table {path} is a folder; give a .csv, .tsv or .parquet, such as {path / 'runs.csv'}"
+        )
     if not path.is_file():
         folder = path.parent
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
@@ -59,6 +63,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """Write rows of equal columns as `.csv` or `.parquet`, by the suffix. Raises DataError if it cannot."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise DataError(f"table {path} must end in .csv or .parquet; name it {path.with_suffix('.csv')}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".parquet":

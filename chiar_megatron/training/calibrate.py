@@ -14,6 +14,7 @@ float32, in one process, without gradients.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,7 @@ class CalibrationSettings:
     """ρ, share of tokens to attention in each routed layer; None: one τ from percentiles, as published."""
 
     tokens: int = 65536
-    """At most so many tokens are read, in windows spread evenly over the text (at least one window)."""
+    """At most so many tokens are read, in whole windows spread evenly over the text (at least one)."""
 
     batch_size: int = 8
     """Windows in one forward pass; 1 with MetaRouter's `batch` pooling, as in evaluation."""
@@ -89,6 +90,7 @@ class Calibration:
     checkpoint: str
     step: int
     tokens: int
+    windows: int
     target: float | None
     dc_power_weight: float
     percentiles: tuple[float, ...]
@@ -119,7 +121,7 @@ class Calibration:
 
     def lines(self) -> Iterator[str]:
         """The same for people."""
-        yield f"{self.checkpoint}, step {self.step}: {self.tokens:,} tokens read"
+        yield f"{self.checkpoint}, step {self.step}: {self.tokens:,} tokens read in {self.windows:,} windows"
         if self.percentiles:
             low, high = self.percentiles
             yield (
@@ -178,6 +180,7 @@ def calibrate(settings: CalibrationSettings) -> Calibration:
         checkpoint=str(folder),
         step=CheckpointInfo.read(folder).step,
         tokens=sum(ids_BS.numel() for ids_BS, _ in batches),
+        windows=sum(len(ids_BS) for ids_BS, _ in batches),
         target=settings.target,
         dc_power_weight=weight,
         percentiles=percentiles,
@@ -199,6 +202,9 @@ def _check(settings: CalibrationSettings, config: RunConfig) -> None:
     for name, number in (("--tokens", settings.tokens), ("--batch-size", settings.batch_size)):
         if number < 1:
             raise ConfigError(f"{name}: {number} must be at least 1")
+    weight = settings.dc_power_weight
+    if weight is not None and not 0.0 < weight < math.inf:
+        raise ConfigError(f"--dc-power-weight: {weight} must be above 0 and finite; 1 is exact")
     if settings.target is not None and not 0.0 < settings.target < 1.0:
         raise ConfigError(f"--target: {settings.target} must lie between 0 and 1, such as 0.5")
     if not has_routed and (settings.target is not None or settings.output is not None):
@@ -217,13 +223,9 @@ def _check(settings: CalibrationSettings, config: RunConfig) -> None:
             f"model.router.kind: thresholds of {where} are on {router.kind} scores, not on entropies; "
             "give the share of tokens to attention by --target"
         )
-    if settings.dc_power_weight is None:
-        return
-    if settings.dc_power_weight <= 0.0:
-        raise ConfigError(f"--dc-power-weight: {settings.dc_power_weight} must be above 0; 1 is exact")
-    if has_routed and settings.dc_power_weight != router.dc_power_weight:
+    if has_routed and weight is not None and weight != router.dc_power_weight:
         raise ConfigError(
-            f"--dc-power-weight: {settings.dc_power_weight}, but the routers of {where} compute with "
+            f"--dc-power-weight: {weight}, but the routers of {where} compute with "
             f"{router.dc_power_weight}; leave it out (it is for models without routed layers)"
         )
 

@@ -35,6 +35,16 @@ def test_both_sides_are_compared(server: RunServer, tmp_path: Path) -> None:
     assert "balance on" in run.output() or "| on " in run.output()
 
 
+def test_what_is_out_of_time_is_left_out_and_said(server: RunServer, tmp_path: Path) -> None:
+    output = tmp_path / "record.json"
+    files = ["--folder", tmp_path / "runs", "--output", output]
+    run = server.start([*OPTIONS, "--time-limit", 0, *files], ranks=2)
+    assert run.wait() == [0, 0], run.output()
+    record = json.loads(output.read_text())
+    assert record["results"] == []
+    assert record["notes"] == [f"{s}: skipped, --time-limit has passed" for s in ("warmup", "on", "off")]
+
+
 def test_an_odd_number_of_processes_is_refused(server: RunServer, tmp_path: Path) -> None:
     run = server.start(["bench", "balance", "--processes", 3, "--folder", tmp_path / "runs"])
     assert run.wait() == [2] and "--processes: 3 must be even" in run.output()

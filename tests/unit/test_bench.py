@@ -22,7 +22,7 @@ from chiar_megatron.bench.record import format_table, plain
 from chiar_megatron.bench.step_config import StepSettings, twin_config
 from chiar_megatron.bench.step_sides import PlainSettings, RandomStream
 from chiar_megatron.bench.timing import Spread
-from chiar_megatron.errors import ConfigError
+from chiar_megatron.errors import ChiarError, ConfigError
 from chiar_megatron.model.accounting import model_flops_per_token
 from chiar_megatron.operators.spectral_mixing import SpectralMixing
 
@@ -237,6 +237,54 @@ def test_what_is_out_of_time_is_left_out_and_said(tmp_path):
     code, record = answer(STEP, tmp_path, "--time-limit", "0")
     assert code == 0 and all(result["skipped"] == "time limit" for result in record["results"])
     assert sum("--time-limit has passed" in note for note in record["notes"]) == len(record["results"])
+
+
+@pytest.mark.parametrize("question", ["spectral", "attention", "layer"])
+def test_nothing_is_checked_or_timed_once_the_time_is_up(question, tmp_path):
+    code, record = answer(QUESTIONS[question], tmp_path, "--time-limit", "0")
+    assert code == 0 and record["results"] == record["checks"] == []
+    assert any("skipped, --time-limit has passed" in note for note in record["notes"])
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for question in QUESTIONS:
+        for output in (tmp_path, tmp_path / "file" / "b.json", "/proc/b.json"):
+            with pytest.raises(ConfigError, match=f"--output: {output} "):
+                run_bench(parse(QUESTIONS[question], "--output", str(output)))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match="--output: "):
+        run_bench(parse("balance --processes 2", "--output", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("spectral --hidden 1", "--hidden must be at least 2"),
+        ("layer --router foo", "model.router.kind: 'foo'"),
+        ("layer --router soft --rho 0.3", "model.router.target"),
+        ("balance --processes 2 --router foo", "model.router.kind: 'foo'"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(arguments, named, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=named) as refused:
+        run_bench(parse(arguments, "--output", str(tmp_path / "r.json")))
+    assert not str(refused.value).startswith("chiar")  # the command line says so
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_missing_text_is_refused_before_any_work(tmp_path, capsys):
+    with pytest.raises(ChiarError, match="nothere"):
+        run_bench(parse(f"{STEP} --data nothere", "--output", str(tmp_path / "r.json")))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("tokens", [64 * 10**10, 64 * 10**16])
+def test_more_than_fits_in_memory_is_one_line(tokens, tmp_path):
+    arguments = f"attention --no-flex --seq-length 64 --tokens {tokens} --rounds 1"
+    with pytest.raises(ConfigError, match=f"--tokens: {tokens} needs more memory") as refused:
+        run_bench(parse(arguments, "--output", str(tmp_path / "r.json")))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,8 @@ def test_a_copy_can_be_a_source_and_says_what_it_is(folder, tmp_path):
 
 def test_tokens_bound_what_is_read_and_spread_over_the_text(folder):
     found = run(folder, "twin", tokens=WINDOW * 5 + 3, batch_size=2)
-    assert found.tokens == WINDOW * 5
+    assert (found.tokens, found.windows) == (WINDOW * 5, 5)
+    assert next(found.lines()).endswith(f"{WINDOW * 5:,} tokens read in 5 windows")
     assert run(folder, "twin", tokens=1).tokens == WINDOW
     ids, entropies = row(folder), plain_entropies(folder, "twin", 1.0)
     starts = np.linspace(0, len(ids) // WINDOW - 1, 5).round().astype(int) * WINDOW
@@ -269,6 +270,8 @@ def test_the_tool_is_the_verb():
         ("twin", ["--tokens", "0"], ["--tokens: 0"]),
         ("twin", ["--batch-size", "0"], ["--batch-size: 0"]),
         ("twin", ["--dc-power-weight", "-1"], ["--dc-power-weight: -1"]),
+        ("twin", ["--dc-power-weight", "nan"], ["--dc-power-weight: nan must be above 0 and finite"]),
+        ("entropy", ["--dc-power-weight", "inf"], ["--dc-power-weight: inf must be above 0 and finite"]),
         ("entropy", ["--dc-power-weight", "1"], ["--dc-power-weight: 1.0", "2.0"]),
         ("missing", [], ["missing: no such checkpoint"]),
     ],

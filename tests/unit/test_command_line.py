@@ -16,6 +16,8 @@ from chiar_megatron.cli import main
         ("convert --shard-bytes 5XB", "chiar convert: argument --shard-bytes: '5XB' is no number; see"),
         ("plan recipe.yaml --gpus 0", "chiar plan: argument --gpus: 0 must be at least 1; see"),
         ("plan recipe.yaml --gpus", "chiar plan: argument --gpus: expected one argument; see"),
+        ("bench layer --time-limit nan", "chiar bench layer: argument --time-limit: nan must be at least 0"),
+        ("bench balance --time-limit -1", "chiar bench balance: argument --time-limit: -1 must be"),
         ("nope", "chiar: argument VERB: invalid choice: 'nope'"),
         ("", "chiar: the following arguments are required: VERB; see `chiar --help`"),
     ],

@@ -91,6 +91,15 @@ def test_what_is_missing_says_what_it_costs(tmp_path):
         assert "missing" in line and found[name].cost_of_lack in line
 
 
+def test_no_package_is_said_to_be_unused_that_a_conversion_needs():
+    """Hugging Face's are imported by what is built; DeepSpeed's files are read without it."""
+    found = {package.name: package for package in installed_packages()}
+    for name in ("transformers", "safetensors"):
+        assert "Hugging Face's format" in found[name].used_for and found[name].cost_of_lack
+    assert "converts" in found["deepspeed"].used_for and not found["deepspeed"].cost_of_lack
+    assert not [package for package in found.values() if re.search(r"\byet\b", package.used_for)]
+
+
 def test_a_contradicting_launch_is_a_finding_not_a_failure():
     done = doctor(RANK="3", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="a",
                   MASTER_PORT="29500")  # fmt: skip

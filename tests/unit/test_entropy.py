@@ -101,6 +101,23 @@ def test_gradients_are_finite_where_the_logarithm_is_not(method):
     assert single.grad is not None and single.grad.tolist() == [[0], [0]]
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("h", [4, 64, 2048])
+def test_gradients_are_finite_between_the_bounds_we_name(h, method):
+    spike = torch.zeros(1, h)
+    spike[0, 1] = 1.0
+    shapes = torch.cat([_normal(8, h).float().clamp(-1, 1), torch.ones(1, h), spike])
+    shapes /= shapes.abs().amax(-1, keepdim=True)
+    for scale in (1e-36, 1e34):
+        x = (shapes * scale).requires_grad_()
+        (grad,) = torch.autograd.grad(spectral_entropy(x, method=method).sum(), x)
+        assert grad.isfinite().all() and grad.abs().max() > 0
+    for beyond in (1e-39, torch.inf):
+        x = (shapes * beyond).nan_to_num(0.0, torch.inf).requires_grad_()
+        (grad,) = torch.autograd.grad(spectral_entropy(x, method=method).sum(), x)
+        assert not grad.isfinite().all()
+
+
 def test_half_precision_input_gives_float32():
     x = _normal(20, 1024).bfloat16()
     entropy = spectral_entropy(x)

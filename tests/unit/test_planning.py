@@ -270,7 +270,8 @@ def test_the_verb_lists_layouts_that_run(tmp_path: Path, capsys: pytest.CaptureF
     ("options", "message"),
     [
         (["--gpus", "3"], "16 is not divisible by micro_batch_size 8 × 3 replicas"),
-        (["model.vocab_size=null"], "model.vocab_size: null, and there is no tokenizer to ask"),
+        (["model.vocab_size=null"], "data.tokenizer: not/here does not exist, and model.vocab_size is null"),
+        (["model.vocab_size=null", "data.tokenizer=null"], "null, and there is no tokenizer to ask"),
         (["parallel.pipeline_model_parallel_size=40"], "number of layers: 28 is too few for 40 stages"),
         (["parallel.layouts=auto"], "nearest: parallel.layout"),
         (["--ranks", "64"], "--ranks: there is nothing to simulate them from; give a run with --traces RUN"),

@@ -276,6 +276,35 @@ def status(folder: Path, capsys) -> dict[str, str]:
         return {row["run"]: row["status"] for row in csv.DictReader(file)}
 
 
+def test_a_sweep_without_the_runs_that_are_asked_for(base, tmp_path, capsys):
+    one = ["--ladder", "32x3", "--schedules", "twin", "--budgets", "5e8", "--batch-tokens", "64"]
+    for folder, given, asked, said in (
+        (tmp_path / "a", [], ["--held-out"], "has no held-out runs; plan them with --held-out"),
+        (tmp_path / "b", ["--held-out"], [], "has only held-out runs; give --held-out"),
+    ):
+        assert plan(base, folder, *one, *given) == 0
+        capsys.readouterr()
+        for verb in ("collect", "submit"):
+            assert main(["scaling", verb, str(folder), *asked]) == 2
+            assert capsys.readouterr().err == f"chiar: {folder} {said}\n"
+        assert not list(folder.glob("*.csv"))
+
+
+def test_tables_are_files_with_a_known_ending(base, tmp_path, capsys):
+    one = ["--ladder", "32x3", "--schedules", "twin", "--budgets", "5e8", "--batch-tokens", "64"]
+    folder = tmp_path / "sweep"
+    assert plan(base, folder, *one) == 0
+    for arguments, said in (
+        (["collect", str(folder), "--output", str(tmp_path / "x.txt")], "must end in .csv or .parquet"),
+        (["fit", str(folder)], f"table {folder} is a folder; give a .csv, .tsv or .parquet"),
+    ):
+        capsys.readouterr()
+        assert main(["scaling", *arguments]) == 2
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1
+    assert not (tmp_path / "x.txt").exists()
+
+
 def test_parquet_holds_what_csv_holds(tmp_path):
     pytest.importorskip("pyarrow")
     from chiar_megatron.scaling.table import write_table

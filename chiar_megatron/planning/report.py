@@ -219,8 +219,8 @@ def _layouts(plan: Plan) -> Section:
     lines.append(f"  {'ms':>8}{'tokens/s':>12}{'GiB':>7}{'heaviest':>10}  layout")
     for candidate in fitting[:_SHOWN]:
         lines.append(
-            f"  {1e3 * candidate.time.total:>8.1f}{candidate.tokens_per_second:>12,.0f}"
-            f"{candidate.peak / GIB:>7.1f}{candidate.cut.heaviest:>9.2f}×  {candidate.name}"
+            f"  {1e3 * candidate.time.total:>8.1f} {candidate.tokens_per_second:>11,.0f}"
+            f" {candidate.peak / GIB:>6.1f} {candidate.cut.heaviest:>8.2f}×  {candidate.name}"
         )
     if len(fitting) > _SHOWN:
         lines.append(f"  and {len(fitting) - _SHOWN} slower ones (--json has all)")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from megatron.core.utils import get_pg_rank
@@ -56,14 +57,14 @@ class ChiarLayer(MegatronModule, BaseTransformerLayer):
     ) -> None:
         """layer_number: from 1, within this pipeline stage."""
         super().__init__(config=config)
-        offset = get_transformer_layer_offset(config, vp_stage, get_pg_rank(pg_collection.pp))
-        self.layer_number = layer_number + offset
+        stage = vp_stage, get_pg_rank(pg_collection.pp)
+        self.layer_number = layer_number + get_transformer_layer_offset(config, *stage)
         self.kind = kind
         self.model = model
         self.part = SequencePart.of(config, pg_collection)
-        # Sent to another rank as it lies in memory: to the next stage, or to those of the output layer.
-        is_last = self.layer_number == config.num_layers
-        self.exchanges = config.pipeline_model_parallel_size > 1 or (config.sequence_parallel and is_last)
+        # The chunk's last output is sent to other ranks as it lies in memory.
+        is_last = layer_number == get_num_layers_to_build(config, *stage)
+        self.exchanges = is_last and (config.sequence_parallel or config.pipeline_model_parallel_size > 1)
         self.compiled: Callable[[Tensor, ForwardContext], Tensor] | None = None
         self._build_operators(pg_collection)
         self.mlp = FeedForward(config, tp_group=pg_collection.tp)

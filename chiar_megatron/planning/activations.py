@@ -50,7 +50,7 @@ class ActivationModel:
 
     config: RunConfig
     compiled: bool
-    """Whether layers are compiled, as they are on CUDA without tensor and context parallelism."""
+    """Whether layers are compiled, as they are on CUDA if nobody forbids it."""
 
     @property
     def element(self) -> int:
@@ -81,8 +81,6 @@ class ActivationModel:
             kept += self._skipping(sizes, token, compiled)
             if not compiled and self._groups() > 1:  # queries' weights lie between those of keys and values
                 constant = (sizes.query_width + sizes.key_value_width) * sizes.h * e / tensor
-        if kind == "R" and not compiled and self._copies_input():
-            kept += token
         passing = ((sizes.fc1_width + sizes.ffn) / tensor + 3 * sizes.h) * e
         return LayerMemory(kept, passing, token, constant)
 
@@ -105,14 +103,6 @@ class ActivationModel:
         parallel = self.config.parallel
         return 1 / parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1.0
 
-    def _copies_input(self) -> bool:
-        """Whether attention's product makes a copy of a routed layer's input, which spectral mixing reads
-        too: it lies sequence first in memory, as stages send it."""
-        model, parallel = self.config.model, self.config.parallel
-        sent = parallel.pipeline_model_parallel_size > 1 and not parallel.sequence_parallel
-        whole = computes_all(model.router) or model.router.keys_values == "all"
-        return sent and whole and model.norm == "post"
-
     def _feed_forward(self, sizes: Sizes, compiled: bool) -> float:
         """Its input, what stands before and after the activation, the sum after it and its norm; masks."""
         model, tensor = self.config.model, self.config.parallel.tensor_model_parallel_size
@@ -131,6 +121,8 @@ class ActivationModel:
         widths = 3 * sizes.query_width + 1.5 * sizes.key_value_width
         if parallel.context_parallel_size > 1:
             widths = 3 * sizes.query_width + self._copies() * sizes.key_value_width
+        if parallel.sequence_parallel and self.config.training.micro_batch_size > 1:
+            widths += sizes.query_width  # the output in the order of the ranks that it goes to
         return (widths * e + self.config.model.num_attention_heads * 4) / parallel.tensor_model_parallel_size
 
     def _rows(self, sizes: Sizes, rows: float, keys: float) -> float:

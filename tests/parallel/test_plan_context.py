@@ -14,10 +14,8 @@ from tests.parallel.harness import run_ranks
 
 RANKS = 2
 CP, TP = "parallel.context_parallel_size", "parallel.tensor_model_parallel_size"
-PP = "parallel.pipeline_model_parallel_size"
 LAYOUTS: dict[str, dict[str, Any]] = {
     "CP=2": {CP: 2},
-    "CP=2, as between stages": {CP: 2, PP: 2},
     "TP=2": {TP: 2},
     "TP=2+SP": {TP: 2, "parallel.sequence_parallel": True},
 }

@@ -3,7 +3,6 @@ keeps. Where a GPU has kernels for some of the tokens, stand-ins compute nothing
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,17 +62,13 @@ class _Mixed(torch.autograd.Function):
 
 
 def kept_by_layers(configs: dict[str, RunConfig]) -> dict[str, list[float]]:
-    """By name of a config: bytes that each layer keeps on this rank, of one micro-batch. All layers are
-    here, but where there are pipeline stages their input lies as these send it."""
+    """By name of a config: bytes that each layer keeps on this rank, of one micro-batch."""
     attention.rotated_attention = _rotated_attention
     SpectralMixing.forward = _mixed  # type: ignore[method-assign]
     answers = {}
     for name, config in configs.items():
-        exchanges = config.parallel.sequence_parallel or config.parallel.pipeline_model_parallel_size > 1
-        parallel = replace(config.parallel, pipeline_model_parallel_size=1)
-        config = replace(config, parallel=parallel)
-        model = build_model(config, start_layout(parallel, config)).train()
+        model = build_model(config, start_layout(config.parallel, config)).train()
         initialize_parameters(model, seed=1)
         batch, length = config.training.micro_batch_size, config.model.seq_length
-        answers[name] = [bytes_kept(layer, batch, length, exchanges) for layer in model.chiar_layers]
+        answers[name] = [bytes_kept(layer, batch, length) for layer in model.chiar_layers]
     return answers

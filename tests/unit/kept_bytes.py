@@ -9,18 +9,16 @@ from chiar_megatron.model.layer import ChiarLayer
 from chiar_megatron.operators.context import ForwardContext
 
 
-def bytes_kept(layer: ChiarLayer, batch: int, seq_length: int, sequence_first: bool = False) -> float:
+def bytes_kept(layer: ChiarLayer, batch: int, seq_length: int) -> float:
     """For the backward pass of one micro-batch; weights are not counted, nor is a tensor twice.
 
-    batch, seq_length: of whole sequences, of which the layer's process may hold a part. sequence_first: how
-    the input lies in memory, as where ranks send it to each other; else as another layer leaves it.
+    batch, seq_length: of whole sequences, of which the layer's process may hold a part. The input lies in
+    memory as another layer leaves it, batch first.
     """
     own = {p.data_ptr() for p in layer.parameters()}
     whole_SBH = torch.randn(seq_length, batch, layer.config.hidden_size, dtype=layer.config.params_dtype)
-    x_SBH = layer.part.own(whole_SBH).clone()
-    if not sequence_first:
-        x_SBH = x_SBH.transpose(0, 1).contiguous().transpose(0, 1)
-    x_SBH.requires_grad_()
+    x_SBH = layer.part.own(whole_SBH).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    x_SBH = x_SBH.transpose(0, 1).requires_grad_()
     context = ForwardContext(
         tokens_BS=torch.zeros(batch, seq_length, dtype=torch.int64), auxiliary_scale=torch.tensor(1.0)
     )

@@ -89,7 +89,7 @@ class ShardedWrite:
             )
             outcome = answers.get()[1]
             if isinstance(outcome, Exception):
-                raise _disk_error(outcome) from outcome
+                raise disk_error(outcome) from outcome
             names.append(name)
             results += outcome
         self._buckets = []
@@ -124,7 +124,7 @@ def disk_remedy(error: OSError) -> str:
     return "; free space, or lower checkpoint.keep_last" if error.errno in _NO_SPACE else ""
 
 
-def _disk_error(failure: BaseException) -> OSError:
+def disk_error(failure: BaseException) -> OSError:
     """The OSError beneath torch's `unexpected pos`, which hides that the disk is full."""
     error: BaseException | None = failure
     while error is not None:

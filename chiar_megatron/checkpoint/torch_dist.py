@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from chiar_megatron.checkpoint.sharded import disk_error
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import LazyTensor
 
@@ -267,7 +268,10 @@ class TorchDistWriter:
         """
         assert path == self.folder / self.file_name(number)
         self._planner.advance = advance
-        results = self._writer.write_data(self._plans[number], self._planner).wait()
+        try:
+            results = self._writer.write_data(self._plans[number], self._planner).wait()
+        except RuntimeError as error:
+            raise disk_error(error) from error
         return [_plain(result) for result in results]
 
     def add_written(self, places: list[list[Any]]) -> None:

@@ -97,6 +97,8 @@ def _convert(parsed: argparse.Namespace) -> int:
     )
     try:
         if parsed.inspected is not None:
+            if parsed.target_format or parsed.source or parsed.destination:
+                raise ConfigError("--inspect takes neither --to nor a second path; leave them out")
             found = inspect(Path(parsed.inspected), options, parsed.source_format)
             print(json.dumps(found) if parsed.json else "\n".join(inspection(found)))
             return EXIT_DONE

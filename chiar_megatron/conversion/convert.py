@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ from chiar_megatron.checkpoint.files import file_digest, write_durably
 from chiar_megatron.config.load import to_dict
 from chiar_megatron.conversion.canonical import Canonical, cast, describe
 from chiar_megatron.conversion.formats import ConvertOptions, Format
-from chiar_megatron.conversion.journal import Journal, source_fingerprint
+from chiar_megatron.conversion.journal import Journal, report_path, source_fingerprint
 from chiar_megatron.conversion.verify import Agreement, Side, verify
 from chiar_megatron.data.tokenizer import load_tokenizer
 from chiar_megatron.errors import CheckpointError, ChiarError, ConfigError
 from chiar_megatron.runtime.distributed import single_process_world
 
 FORMATS = ("native", "reference", "deepspeed", "huggingface", "megatron")  # in the order of their tests
-REPORT = "conversion.json"
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 __all__ = ["ConvertOptions", "convert", "inspect", "summary"]
 
@@ -46,28 +46,29 @@ def convert(
     """
     reader, writer = _formats(source_format, target_format)
     _refuse_unused(source_format, target_format, options)
-    if os.path.lexists(destination):
-        raise CheckpointError(f"{destination} exists already; remove it or give another destination")
-    if not os.path.lexists(source):
-        raise CheckpointError(_missing(source))
-    _refuse_another(reader, source)
+    for path in (destination, report_path(destination, writer.is_single_file)):
+        if os.path.lexists(path):
+            raise CheckpointError(f"{path} exists already; remove it or give another destination")
     _return_freed_memory()
     single_process_world("cpu")
-    model = _with_tokenizer(cast(reader.read(source, options), options.dtype), options)
+    with _readable(source):
+        _refuse_another(reader, source)
+        model = _with_tokenizer(cast(reader.read(source, options), options.dtype), options)
+        model = replace(model, notes=(*model.notes, *writer.losses(model, options)))
+        fingerprint = [str(source.absolute()), source_fingerprint(source)]
     if destination.resolve().is_relative_to(source.resolve()):
         raise CheckpointError(f"{destination} lies within the source {source}; give another destination")
-    model = replace(model, notes=(*model.notes, *writer.losses(model, options)))
     for note in model.notes:
         say(note)
     conversion = {
         "from": source_format,
         "to": target_format,
         "options": asdict(options),
-        "source": [str(source.absolute()), source_fingerprint(source)],
+        "source": fingerprint,
     }
     journal: Journal | None = None
     try:
-        journal = Journal(destination, conversion)
+        journal = Journal(destination, conversion, writer.is_single_file)
         with _progress(model, options) as bar:
             journal.advance = bar.update
             writer.write(model, journal, options)
@@ -76,13 +77,16 @@ def convert(
                 model = replace(model, notes=(*model.notes, resumed))
             agreement = None
             if options.verify:
-                target = journal.content
-                target = target / destination.name if journal.is_single_file else target
+                target = journal.content / destination.name if writer.is_single_file else journal.content
                 agreement = verify(Side(reader, source), Side(writer, target), model, options, bar.update)
         report = _report(source_format, target_format, source, model, agreement)
-        journal.commit(lambda folder: _write_report(report, folder, journal))
+        journal.commit(lambda path: write_durably(path, json.dumps(report, indent=1) + "\n"))
     except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error}") from None
+        if Path(str(error.filename)).absolute().is_relative_to(source.absolute()):
+            raise CheckpointError(_unreadable(error, source)) from None
+        raise CheckpointError(
+            f"{destination} cannot be written: {error}; free space there, or give another destination"
+        ) from None
     except ChiarError:
         if journal is not None:
             journal.discard()
@@ -95,19 +99,36 @@ def inspect(source: Path, options: ConvertOptions, source_format: str | None = N
 
     Raises CheckpointError for what no format recognises, or what its own finds wrong.
     """
-    if not os.path.lexists(source):
-        raise CheckpointError(_missing(source))
     if source_format is not None and source_format not in FORMATS:
         raise ConfigError(f"--from {source_format} is unknown; use one of {', '.join(FORMATS)}")
-    names = [name for name in FORMATS if _recognised_by(name, source)]
-    if source_format is not None:
-        names = [source_format]
-    if not names:
-        raise CheckpointError(f"{source} is of no known format ({', '.join(FORMATS)}); name it by --from")
-    format = _format(names[0])
-    _refuse_another(format, source)
     single_process_world("cpu")
-    return {"format": format.name, "path": str(source), **format.inspect(source, options)}
+    with _readable(source):
+        names = [name for name in FORMATS if _recognised_by(name, source)]
+        if source_format is not None:
+            names = [source_format]
+        if not names:
+            raise CheckpointError(f"{source} is of no known format ({', '.join(FORMATS)}); name it by --from")
+        format = _format(names[0])
+        _refuse_unused(format.name, "", options)
+        _refuse_another(format, source)
+        return {"format": format.name, "path": str(source), **format.inspect(source, options)}
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """Raise CheckpointError for a source that is not there, and within for what the system does not let us
+    read, naming it."""
+    try:
+        if not os.path.lexists(source):
+            raise CheckpointError(_missing(source))
+        yield
+    except OSError as error:
+        raise CheckpointError(_unreadable(error, source)) from None
+
+
+def _unreadable(error: OSError, source: Path) -> str:
+    reason = error.strerror or error
+    return f"{error.filename or source} cannot be read: {reason}; see to it that this user may, or copy it"
 
 
 def summary(report: dict[str, Any], with_notes: bool = True) -> list[str]:
@@ -266,14 +287,6 @@ def _progress(model: Canonical, options: ConvertOptions) -> Any:
     return tqdm(
         total=rounds * model.bytes, unit="B", unit_scale=True, desc="convert", disable=None, leave=False
     )
-
-
-def _write_report(report: dict[str, Any], folder: Path, journal: Journal) -> None:
-    text = json.dumps(report, indent=1) + "\n"
-    if journal.is_single_file:
-        write_durably(journal.destination.with_name(f"{journal.destination.name}.{REPORT}"), text)
-    else:
-        write_durably(folder / REPORT, text)
 
 
 def _report(

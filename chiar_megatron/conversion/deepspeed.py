@@ -34,7 +34,7 @@ from chiar_megatron.conversion.hf_tokenizers import find_tokenizer, write_tokeni
 from chiar_megatron.conversion.huggingface_format import chiar_answer
 from chiar_megatron.conversion.journal import Journal
 from chiar_megatron.conversion.keymap import unwrapped_names
-from chiar_megatron.conversion.torch_files import write_torch_file
+from chiar_megatron.conversion.torch_files import save_small, write_torch_file
 from chiar_megatron.errors import ConfigError
 from chiar_megatron.huggingface.configuration import ChiarConfig
 from chiar_megatron.huggingface.folder import (
@@ -134,9 +134,9 @@ class DeepSpeed(Format):
             journal.file(f"{folder}/{WEIGHTS}", write, 0)
             for moment in ("exp_avg", "exp_avg_sq"):  # one zero, seen as many
                 zeros = {"param": torch.zeros(1).expand(tensor.shape), "cat_dim": 0}
-                torch.save(zeros, journal.content / folder / f"{moment}.pt")
-            torch.save(torch.zeros(()), journal.content / folder / "step.pt")
-        torch.save(_optimizer(), journal.content / tag / UNIVERSAL / "optimizer_state.pt")
+                save_small(journal.content / folder / f"{moment}.pt", zeros)
+            save_small(journal.content / folder / "step.pt", torch.zeros(()))
+        save_small(journal.content / tag / UNIVERSAL / "optimizer_state.pt", _optimizer())
         for pointer in (LATEST, LATEST_UNIVERSAL):
             (journal.content / pointer).write_text(tag)
         progress = {"step": model.step, "tokens_seen": model.tokens_seen}
@@ -223,7 +223,8 @@ def _notes(source: _Source) -> list[str]:
 
 
 def _widened(stored: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    return {name: _float(tensor) for name, tensor in stored.items()}
+    made = {id(tensor): _float(tensor) for tensor in stored.values()}  # what is shared stays shared
+    return {name: made[id(tensor)] for name, tensor in stored.items()}
 
 
 def _float(tensor: LazyTensor) -> LazyTensor:

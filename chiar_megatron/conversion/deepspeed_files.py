@@ -115,9 +115,9 @@ def read_deepspeed(path: Path) -> DeepSpeedCheckpoint:
     if not isinstance(head.get("module"), dict):
         raise CheckpointError(f"{main} has no 'module' with tensors: it is no model states of DeepSpeed's")
     module = tensors_of(head["module"], main, "module")
-    names = head.get("buffer_names") or []
+    names = _of_names(head, "buffer_names", list, main)
     buffers = {name: module[name] for name in names if name in module}
-    shared = head.get("shared_params") or {}
+    shared = _of_names(head, "shared_params", dict, main)
     notes: list[str] = []
     stage, world_size = _told_stage(head), head.get("dp_world_size")
     if is_universal:
@@ -194,6 +194,18 @@ def _told_stage(head: Mapping[str, Any]) -> int | None:
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     return stage if isinstance(stage, int) else None
+
+
+def _of_names(head: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
+    """A list of names, or a dict of names by name; empty where it is not told."""
+    value: Any = head.get(key)
+    if value is None:
+        return kind()
+    if isinstance(value, (list, dict)) and isinstance(value, kind):
+        entries = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        if all(isinstance(name, str) for name in entries):
+            return value
+    raise CheckpointError(f"{path}: {key} is no {kind.__name__} of names; save it again")
 
 
 def _count(value: object) -> int:

@@ -90,6 +90,8 @@ class Format(ABC):
     name: str
     writes = True
     """Whether there is a way to it."""
+    is_single_file = False
+    """Whether it is one file, not a folder."""
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

@@ -17,18 +17,19 @@ from typing import IO, Any
 from chiar_megatron.checkpoint.files import file_digest, sync_folder, write_durably
 from chiar_megatron.errors import CheckpointError
 
-JOURNAL, LOCK = "journal.json", "lock"
+JOURNAL, LOCK, REPORT = "journal.json", "lock", "conversion.json"
 
 
 class Journal:
     """The folder and its list of finished files."""
 
-    def __init__(self, destination: Path, conversion: dict[str, Any]) -> None:
-        """conversion: what is converted and how; one begun otherwise is thrown away.
+    def __init__(self, destination: Path, conversion: dict[str, Any], is_single_file: bool = False) -> None:
+        """conversion: what is converted and how; one begun otherwise is thrown away. is_single_file: the
+        destination is the one file of its name, not a folder.
 
         Raises OSError, and CheckpointError while another process is at the same destination.
         """
-        self.destination = destination
+        self.destination, self.is_single_file = destination, is_single_file
         self.folder = destination.absolute().parent / f".{destination.name}.converting"
         self.content = self.folder / "content"
         self.advance: Callable[[int], None] = lambda _: None
@@ -85,8 +86,9 @@ class Journal:
         return answer
 
     def commit(self, report: Callable[[Path], None]) -> None:
-        """Give the destination its name. report: adds the last file. Raises OSError."""
-        report(self.content)
+        """Give the destination its name. report: writes the last file, to the path given. Raises OSError."""
+        last = report_path(self.destination, self.is_single_file)
+        report(self.content / last.name)
         for path in self.content.rglob("*"):
             if path.is_dir():
                 sync_folder(path)
@@ -94,18 +96,12 @@ class Journal:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         if self.is_single_file:
-            next(path for path in self.content.iterdir() if path.name == self.destination.name).rename(
-                self.destination
-            )
+            for name in (self.destination.name, last.name):
+                (self.content / name).rename(self.destination.with_name(name))
         else:
             self.content.rename(self.destination)
         sync_folder(self.destination.absolute().parent)
         self.discard()
-
-    @property
-    def is_single_file(self) -> bool:
-        """Whether the destination is one file of that name, not a folder."""
-        return (self.content / self.destination.name).is_file()
 
     def discard(self) -> None:
         """Throw away what was made."""
@@ -114,6 +110,12 @@ class Journal:
 
     def _write(self) -> None:
         write_durably(self.folder / JOURNAL, json.dumps({"conversion": self._conversion, "done": self._done}))
+
+
+def report_path(destination: Path, is_single_file: bool) -> Path:
+    """Where the report of a conversion lies: in the folder, or beside the single file."""
+    beside = destination.with_name(f"{destination.name}.{REPORT}")
+    return beside if is_single_file else destination / REPORT
 
 
 def source_fingerprint(source: Path) -> list[list[Any]]:

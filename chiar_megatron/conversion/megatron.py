@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
@@ -36,7 +35,14 @@ from chiar_megatron.conversion.canonical import (
 )
 from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.conversion.journal import Journal
-from chiar_megatron.conversion.megatron_args import CHIAR_KEY, FP8_NOTE, args_of, config_of, is_plain_gpt
+from chiar_megatron.conversion.megatron_args import (
+    CHIAR_KEY,
+    FP8_NOTE,
+    args_of,
+    config_of,
+    count_of,
+    is_plain_gpt,
+)
 from chiar_megatron.conversion.megatron_forward import megatron_answer
 from chiar_megatron.conversion.megatron_shards import (
     FILE,
@@ -51,7 +57,7 @@ from chiar_megatron.conversion.megatron_shards import (
 )
 from chiar_megatron.conversion.native import write_files
 from chiar_megatron.conversion.native_forward import native_answer
-from chiar_megatron.conversion.torch_files import write_torch_file
+from chiar_megatron.conversion.torch_files import save_small, write_torch_file
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, LazyTensor, extra_states, tensor_specs
 
@@ -161,7 +167,7 @@ def padded_rows(vocab_size: int, tensor_parallel: int) -> int:
 def _read_torch_dist(folder: Path) -> Canonical:
     common = read_megatron_file(folder / COMMON)
     args = common.get("args")
-    if args is None:
+    if not isinstance(args, Namespace):
         raise CheckpointError(f"{folder / COMMON} has no 'args', Megatron-LM's arguments")
     metadata = read_metadata(folder)
     check_files(folder, metadata)
@@ -183,7 +189,8 @@ def _read_torch_dist(folder: Path) -> Canonical:
             )
             whole = LazyTensor(part.shape[1:], part.dtype, partial(_first, part))
             tensors[f"decoder.layers.{layer}.{unfused(rest)}"] = whole
-    return _canonical(config, tensors, notes, int(common.get("iteration", 0)), args, folder)
+    step = count_of(common.get("iteration"), "iteration", folder / COMMON)
+    return _canonical(config, tensors, notes, step, args, folder)
 
 
 def _is_optimizers(key: str) -> bool:
@@ -254,7 +261,7 @@ def _write_torch_dist(model: Canonical, folder: str, journal: Journal, options: 
         "iteration": model.step,
         "content_metadata": {"non_homogeneous_layers": not stacks},
     }
-    torch.save(common, target / COMMON)
+    save_small(target / COMMON, common)
     save_config(CheckpointingConfig("torch_dist", 1), str(target))
 
 

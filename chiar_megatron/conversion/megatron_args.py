@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chiar_megatron.config.load import config_from_dict, resolve_config, to_dict
+from chiar_megatron.config.problems import shown
 from chiar_megatron.config.schedule import parse_schedule
 from chiar_megatron.config.schema import (
     DataConfig,
@@ -74,8 +75,10 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
     real = getattr(args, "vocab_size", None)
     if real is None:
         notes.append(f"vocabulary {vocab_size} taken with its padding: the arguments do not tell its size")
-    elif not 0 < real <= vocab_size:
-        raise CheckpointError(f"{path}: --vocab-size is {real}, but the token table has {vocab_size} rows")
+    elif not isinstance(real, int) or not 0 < real <= vocab_size:
+        raise CheckpointError(
+            f"{path}: --vocab-size is {shown(real)}, but the token table has {vocab_size} rows"
+        )
     swiglu = bool(getattr(args, "swiglu", False))
     biased = bool(getattr(args, "add_bias_linear", True))
     if not swiglu and biased and getattr(args, "bias_gelu_fusion", False):
@@ -83,7 +86,7 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
             "--bias-gelu-fusion computes GELU's tanh approximation; here, and in the answers compared, "
             "it is exact"
         )
-    dropouts = [float(getattr(args, f"{part}_dropout", None) or 0.0) for part in ("hidden", "attention")]
+    dropouts = [_number(args, f"{part}_dropout", 0.0, path) for part in ("hidden", "attention")]
     if dropouts[0] != dropouts[1]:
         notes.append(
             f"--hidden-dropout is {dropouts[0]}, --attention-dropout {dropouts[1]}; model.dropout is one for "
@@ -108,13 +111,15 @@ def config_of(args: Namespace, path: Path, vocab_size: int, tied: bool) -> tuple
         add_bias=biased,
         add_qkv_bias=None if qkv_biased == biased else qkv_biased,
         tie_embeddings=tied,
-        rotary_base=float(getattr(args, "rotary_base", 10000)),
-        rotary_scaling=_scaling_of(args),
+        rotary_base=_number(args, "rotary_base", 10000.0, path),
+        rotary_scaling=_scaling_of(args, path),
         dropout=min(dropouts),
         meta_router=MetaRouterConfig(enabled=False),
     )
     eod = getattr(args, "eod_token", None)
     config = RunConfig(run_dir=str(path), model=model, data=DataConfig(eod_token=eod))
+    # Read as a recipe is, so that values no field can have are named.
+    config = config_from_dict(to_dict(config), f"{path}: its arguments")
     resolved = resolve_config(config, vocab_size=None, eod_token=None)
     check_config(resolved)
     return resolved, notes
@@ -170,12 +175,14 @@ def args_of(config: RunConfig, tensor_parallel: int, pipeline_parallel: int, pad
     return Namespace(**args)
 
 
-def _scaling_of(args: Namespace) -> RotaryScalingConfig:
+def _scaling_of(args: Namespace, path: Path) -> RotaryScalingConfig:
     if getattr(args, "use_rope_scaling", False):
-        factor = float(getattr(args, "rope_scaling_factor", 8.0))
+        factor = _number(args, "rope_scaling_factor", 8.0, path)
         return RotaryScalingConfig("llama3", factor, _LOW, _HIGH, _ROPE_SCALING_LENGTH)
-    stretch = getattr(args, "rotary_seq_len_interpolation_factor", None)
-    return RotaryScalingConfig() if stretch is None else RotaryScalingConfig("linear", float(stretch))
+    stretch = "rotary_seq_len_interpolation_factor"
+    if getattr(args, stretch, None) is None:
+        return RotaryScalingConfig()
+    return RotaryScalingConfig("linear", _number(args, stretch, 1.0, path))
 
 
 def _scaling_arguments(scaling: RotaryScalingConfig) -> dict[str, Any] | None:
@@ -188,6 +195,24 @@ def _scaling_arguments(scaling: RotaryScalingConfig) -> dict[str, Any] | None:
     if scaling == RotaryScalingConfig("llama3", scaling.factor, _LOW, _HIGH, _ROPE_SCALING_LENGTH):
         return {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
     return None
+
+
+def _number(args: Namespace, name: str, default: float, path: Path) -> float:
+    """An argument's number; the default where it is absent."""
+    value = getattr(args, name, None)
+    try:
+        if value is None or isinstance(value, (int, float)):
+            return default if value is None else float(value)
+    except OverflowError:
+        pass
+    raise CheckpointError(f"{path}: --{name.replace('_', '-')} is {shown(value)}; it must be a number")
+
+
+def count_of(value: object, what: str, path: Path) -> int:
+    """A count that a file tells, 0 where it tells none. Raises CheckpointError for what is none."""
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise CheckpointError(f"{path}: its {what} is {shown(value)}; it must be a whole number, 0 or more")
+    return value or 0
 
 
 def _needed(args: Namespace, name: str, path: Path) -> int:

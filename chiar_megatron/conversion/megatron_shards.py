@@ -17,6 +17,7 @@ from megatron.core.safe_globals import SAFE_GLOBALS, _reconstruct
 from torch import Tensor
 
 from chiar_megatron.conversion.canonical import Canonical
+from chiar_megatron.conversion.megatron_args import count_of
 from chiar_megatron.conversion.torch_files import StoredTensor, read_torch_file
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, LazyTensor, TensorSpec
@@ -99,7 +100,7 @@ def read_shards(folder: Path) -> Shards:
             parts[native] = cast("tuple[LazyTensor, ...]", shards)
     states = [state for _, ranks in stages for state in ranks]
     has_extra = any(_holds_something(v) for state in states for k, v in state.items() if "_extra_state" in k)
-    iteration = int(first.get("iteration", 0))
+    iteration = count_of(first.get("iteration"), "iteration", found[0, 0])
     return Shards(args, iteration, tensor, pipeline, "optimizer" in first, has_extra, parts)
 
 
@@ -116,8 +117,12 @@ def _stages(
     folder: Path,
 ) -> list[tuple[dict[str, str], list[dict[str, LazyTensor]]]]:
     """In the order of the layers: every stage's names to native ones, and its states by rank."""
-    virtual = getattr(args, "virtual_pipeline_model_parallel_size", None)
-    keys = ["model"] if virtual is None else [f"model{chunk}" for chunk in range(virtual)]
+    name = "virtual_pipeline_model_parallel_size"
+    virtual = count_of(getattr(args, name, None), name, folder)
+    held = sum(str(key).startswith("model") for key in contents[0, 0])
+    if virtual > held:
+        raise CheckpointError(f"{folder}: its {name} is {virtual}, but {held} chunks of layers are there")
+    keys = [f"model{chunk}" for chunk in range(virtual)] or ["model"]
     stages, offset = [], 0
     for key in keys:
         for stage in range(pipeline):
@@ -125,6 +130,8 @@ def _stages(
                 states = [contents[rank, stage][key] for rank in range(tensor)]
             except KeyError:
                 raise CheckpointError(f"{folder}: a file of stage {stage} has no '{key}'") from None
+            if not all(isinstance(state, dict) for state in states):
+                raise CheckpointError(f"{folder}: '{key}' of stage {stage} is no dict of tensors")
             names, layers = _native_names(states[0], offset, folder)
             offset += layers
             stages.append((names, states))

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from chiar_megatron.conversion.formats import Answer, ConvertOptions, Format
 from chiar_megatron.conversion.journal import Journal
 from chiar_megatron.conversion.native_forward import native_answer
 from chiar_megatron.conversion.tokenizers import copy_tokenizer
+from chiar_megatron.conversion.torch_files import save_small
 from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import EMBEDDING, HEAD, extra_states, tensor_specs
 
@@ -121,7 +121,7 @@ class Native(Format):
         objects = [f"{name}/shard_0_1" for name in extra_states(config.model)]
         writer = TorchDistWriter(target, chunks, objects, options.shard_bytes)
         write_files(writer, folder, journal)
-        torch.save({"content_metadata": {"non_homogeneous_layers": True}}, target / "common.pt")
+        save_small(target / "common.pt", {"content_metadata": {"non_homogeneous_layers": True}})
         save_config(CheckpointingConfig("torch_dist", 1), str(target))
         info = make_info(model.step, model.tokens_seen, False, dict(_LAYOUT), to_dict(config))
         (target / INFO).write_text(json.dumps(asdict(info), indent=1))

@@ -292,5 +292,8 @@ def _step(value: object, notes: list[str]) -> int:
 
 def _number(value: object, kind: type) -> Any:
     """A plain number of 0 or more; None for anything else."""
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return None
     return kind(value) if is_number and value >= 0 else None  # type: ignore[operator]

@@ -46,6 +46,7 @@ class Reference(Format):
     """One `.pt` file."""
 
     name = "reference"
+    is_single_file = True
 
     def recognises(self, path: Path) -> bool:
         """By its ending."""

@@ -11,13 +11,13 @@ import io
 import pickle
 import re
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from chiar_megatron.errors import CheckpointError
 from chiar_megatron.model.tensors import LazyTensor, read_values
 
 _REFUSED = re.compile(r"GLOBAL (\S+)")
+_PIECE_BYTES = 1 << 22
 _ALIGNMENT = 64  # of tensors in a file, as torch.save aligns them
 _STORAGES = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
@@ -71,12 +72,10 @@ def read_torch_value(path: Path, accepted: Sequence[Any] = ()) -> Any:
     try:
         is_zip = zipfile.is_zipfile(path)  # since torch 1.6; older ones are read as a whole
         if is_zip:
-            with zipfile.ZipFile(path) as records:
-                if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
-                    raise CheckpointError(f"{path} was compressed, which torch.save never does")
+            _check_structure(path)
         with _only_globals(accepted):
             content = torch.load(path, map_location="meta" if is_zip else "cpu", weights_only=True)
-        return _with_places(content, path, _begins(path) if is_zip else None)
+        return _with_places(content, path, _records(path) if is_zip else None)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -108,47 +107,92 @@ def _only_globals(classes: Sequence[Any]) -> Iterator[None]:
         add_safe_globals(before)
 
 
-def _begins(path: Path) -> set[int]:
-    """Where in a file the tensors' numbers begin, by its directory."""
-    records = torch._C.PyTorchFileReader(str(path))
-    names = records.get_all_records()
-    if "byteorder" in names and records.get_record("byteorder") != b"little":
+@dataclass
+class _Record:
+    """A tensor's numbers, as the directory of a file tells of them."""
+
+    name: str
+    begin: int
+    size: int
+    crc: int
+    """0 where it was not computed (`torch.serialization.set_crc32_options(False)`)."""
+    is_checked: bool = False
+
+    def check(self, path: Path) -> None:
+        """Raise CheckpointError if the numbers are not those that were written; read once, in pieces."""
+        if self.is_checked or self.crc == 0:
+            return
+        found, left = 0, self.size
+        with path.open("rb") as file:
+            file.seek(self.begin)
+            while left and (piece := file.read(min(left, _PIECE_BYTES))):
+                found, left = zlib.crc32(piece, found), left - len(piece)
+        if found != self.crc:
+            raise CheckpointError(f"{path} is damaged: {self.name} is not what was written; copy it again")
+        self.is_checked = True
+
+
+def _check_structure(path: Path) -> None:
+    """Raise CheckpointError for a file that torch.save did not write so, tensors' numbers left aside."""
+    with zipfile.ZipFile(path) as records:
+        for record in records.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path} was compressed, which torch.save never does")
+            if record.CRC and "/data/" not in record.filename:
+                records.read(record)  # compares it with its checksum
+
+
+def _records(path: Path) -> dict[int, _Record]:
+    """A file's tensors by where their numbers begin."""
+    reader = torch._C.PyTorchFileReader(str(path))
+    names = reader.get_all_records()
+    if "byteorder" in names and reader.get_record("byteorder") != b"little":
         raise CheckpointError(f"{path} was written on a big-endian machine; save it again on another")
-    offset = records.get_record_offset  # type: ignore[attr-defined]
-    return {offset(name) for name in names if name.startswith("data/")}
+    with zipfile.ZipFile(path) as records:
+        told = {record.filename.partition("/")[2]: record for record in records.infolist()}
+    offset = reader.get_record_offset  # type: ignore[attr-defined]
+    found = [
+        _Record(name, offset(name), told[name].file_size, told[name].CRC)
+        for name in names
+        if name.startswith("data/")
+    ]
+    return {record.begin: record for record in found}
 
 
-def _with_places(value: Any, path: Path, begins: AbstractSet[int] | None) -> Any:
-    """The same structure with StoredTensors. begins: where those that meta tensors stand for may lie in the
+def _with_places(value: Any, path: Path, records: Mapping[int, _Record] | None) -> Any:
+    """The same structure with StoredTensors. records: where those that meta tensors stand for may lie in the
     file; None: the tensors are real."""
     if isinstance(value, Tensor):
-        return _stored(value, path, begins)
+        return _stored(value, path, records)
     if isinstance(value, dict):
-        return {key: _with_places(item, path, begins) for key, item in value.items()}
+        return {key: _with_places(item, path, records) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_with_places(item, path, begins) for item in value)
+        return type(value)(_with_places(item, path, records) for item in value)
     return value
 
 
-def _stored(tensor: Tensor, path: Path, begins: AbstractSet[int] | None) -> StoredTensor | None:
+def _stored(tensor: Tensor, path: Path, records: Mapping[int, _Record] | None) -> StoredTensor | None:
     """None for a tensor of another layout (sparse, quantised): it is of no use here."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         return None
     shape, dtype = tuple(tensor.shape), tensor.dtype
-    if begins is None:
+    if records is None:
         whole = tensor.detach()
         part = lambda start, count: whole.reshape(-1)[start : start + count].clone()  # noqa: E731
         place: object = (whole.data_ptr(), shape, tensor.stride())
         return StoredTensor(shape, dtype, lambda: whole, part, place)
     begin = tensor.untyped_storage()._checkpoint_offset
     assert begin is not None, "torch.load on the meta device tells where a tensor lies"
-    if begin not in begins and tensor.numel() > 0:  # torch reckons the place, not looking into the directory
+    record = records.get(begin)
+    if record is None and tensor.numel() > 0:  # torch reckons the place, not looking into the directory
         raise CheckpointError(
             f"{path} was packed by another program than torch.save; load it and save it by torch.save again"
         )
     stride, first = tensor.stride(), int(tensor.storage_offset())
 
     def values(start: int, count: int) -> Tensor:
+        if record is not None:
+            record.check(path)
         return read_values(path, begin + start * dtype.itemsize, dtype, count)
 
     def read(start: int, count: int) -> Tensor:
@@ -175,18 +219,49 @@ def write_torch_file(path: Path, content: Any, advance: Callable[[int], None] = 
     pickler = _Pickler(stream)
     pickler.dump(content)
     with path.open("wb") as file:
+        steady = _Steady(file)
+        writer = torch._C.PyTorchFileWriter(cast(IO[bytes], steady), True, _ALIGNMENT)
+        for name, text in (("data.pkl", stream.getvalue()), ("byteorder", b"little")):
+            writer.write_record(name, text, len(text))
+        for storage in pickler.storages.values():
+            tensor = storage.tensor.load().detach().contiguous()
+            own = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            writer.write_record(f"data/{storage.number}", own.untyped_storage(), own.nbytes)  # type: ignore[arg-type]
+            steady.check()
+            advance(own.nbytes)
+        writer.write_end_of_file()
+        steady.check()
+
+
+def save_small(path: Path, content: Any) -> None:
+    """`torch.save` of what is small, by way of memory: of a full disk torch says nothing of use. Raises
+    OSError."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    path.write_bytes(stream.getbuffer())
+
+
+class _Steady:
+    """A file that fails only when asked: torch's writer still writes when it is taken down, and an exception
+    then ends the process."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._error: OSError | None = None
+
+    def write(self, content: memoryview) -> int:
+        """After the first failure, nothing."""
         try:
-            writer = torch._C.PyTorchFileWriter(file, True, _ALIGNMENT)
-            for name, text in (("data.pkl", stream.getvalue()), ("byteorder", b"little")):
-                writer.write_record(name, text, len(text))
-            for storage in pickler.storages.values():
-                tensor = storage.tensor.load().detach().contiguous()
-                own = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-                writer.write_record(f"data/{storage.number}", own.untyped_storage(), own.nbytes)  # type: ignore[arg-type]
-                advance(own.nbytes)
-            writer.write_end_of_file()
-        except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from error
+            if self._error is None:
+                self._file.write(content)
+        except OSError as error:
+            self._error = error
+        return len(content)
+
+    def check(self) -> None:
+        """Raises OSError if writing has failed."""
+        if self._error is not None:
+            raise self._error
 
 
 def in_memory(tensor: Tensor) -> LazyTensor:

@@ -143,7 +143,7 @@ def _native_config(folder: Path, schedule: str | None) -> RunConfig:
             f"has {layers} attention layers, each of which stays A or becomes R"
         )
     refuse(_unknown_here(theirs), folder, "this architecture has no counterpart here")
-    eos = theirs.eos_token_id
+    eos = getattr(theirs, "eos_token_id", None)
     model = ModelConfig(
         schedule=schedule,
         hidden_size=theirs.hidden_size,

@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "rotary_scaling": None,
     "dropout": 0.0,
     "initializer_range": 0.02,
+    "mup_base_hidden_size": None,
     "mask_documents": False,
     "router": None,
     "meta_router": None,
@@ -41,9 +42,10 @@ class ChiarConfig(PretrainedConfig):
 
     schedule: a letter a layer, D spectral, R routed, A attention ("D R*26 A"). norm: "post" or "pre".
     hidden_act: "gelu", or "silu" for SwiGLU. rotary_scaling: fields of `RotaryScalingConfig`.
-    router: kind, dc_power_weight, operators, keys_values, has_controller. meta_router: enabled, pooling.
+    router: fields of `RouterConfig`, and has_controller. meta_router: fields of `MetaRouterConfig`.
+    mup_base_hidden_size: of the recipe, for further training by it. rbf: features and gamma.
     mask_documents: tokens see their own document alone; documents end with eos_token_id. attention_bias: of
-    queries, keys and values; null: as use_bias. rbf: features and gamma.
+    queries, keys and values; null: as use_bias.
     """
 
     model_type = "chiar"
@@ -67,6 +69,7 @@ class ChiarConfig(PretrainedConfig):
     rotary_scaling: Any
     dropout: float
     initializer_range: float
+    mup_base_hidden_size: Any
     mask_documents: bool
     router: Any
     meta_router: Any
@@ -109,7 +112,7 @@ class ChiarConfig(PretrainedConfig):
     @property
     def document_end(self) -> int | None:
         """The token that ends a document: the first where several end a generation."""
-        eos = self.eos_token_id
+        eos = getattr(self, "eos_token_id", None)  # not every transformers has a default for it
         return next(iter(eos), None) if isinstance(eos, (list, tuple)) else eos
 
     @property

@@ -5,8 +5,10 @@ Nothing in it is executed: JSON and safetensors only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,13 @@ from chiar_megatron.huggingface.names import Group, foreign_shapes, groups
 from chiar_megatron.model.tensors import LazyTensor, mismatches, read_values, refuse
 
 CONFIG = "config.json"
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _KINDS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (
         (
             "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-            "head_dim", "max_position_embeddings",
+            "head_dim", "max_position_embeddings", "mup_base_hidden_size",
         ),
         int,
         "a whole number",
@@ -106,13 +109,15 @@ def _is_plain(file: object) -> bool:
 def _tensors_of(path: Path) -> dict[str, LazyTensor]:
     """safetensors checks the header; numbers are read by ourselves, for it would map the whole file."""
     try:
-        with safe_open(path, framework="pt") as file:
+        # Opened here first: of a file that may not be read safetensors says that it is missing.
+        with path.open("rb") as raw, safe_open(path, framework="pt") as file:
             names = list(file.keys())
-        with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(size))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; copy the folder again") from None
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from None
     unknown = sorted({header[name]["dtype"] for name in names} - _DTYPES.keys())
@@ -196,6 +201,7 @@ def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
         rotary_scaling=scaling,
         dropout=config.dropout,
         init_std=config.initializer_range,
+        mup_base_hidden_size=config.mup_base_hidden_size,
         rbf_features=config.rbf["features"],
         rbf_gamma=config.rbf["gamma"],
         mask_documents=config.mask_documents,
@@ -214,12 +220,7 @@ def native_config(config: ChiarConfig, run_dir: Path) -> RunConfig:
 def foreign_config(config: RunConfig, dtype: str, progress: Mapping[str, int]) -> ChiarConfig:
     """The `transformers` config of a resolved recipe. progress: step and tokens seen, for the record."""
     model, eod = config.model, config.data.eod_token
-    router = {
-        name: getattr(model.router, name)
-        for name in ("kind", "dc_power_weight", "operators", "keys_values", "threshold", "target")
-    }
     blends = model.router.kind in ("soft", "hard")
-    scaling = model.rotary_scaling
     return ChiarConfig(
         schedule=model.schedule,
         vocab_size=model.vocab_size or 0,
@@ -236,14 +237,16 @@ def foreign_config(config: RunConfig, dtype: str, progress: Mapping[str, int]) -
         use_bias=model.add_bias,
         attention_bias=model.add_qkv_bias,
         rotary_base=model.rotary_base,
-        rotary_scaling={name: getattr(scaling, name) for name in scaling.__dataclass_fields__},
+        rotary_scaling=asdict(model.rotary_scaling),
         dropout=model.dropout,
         initializer_range=model.init_std,
+        mup_base_hidden_size=model.mup_base_hidden_size,
         mask_documents=model.mask_documents,
-        router={**router, "has_controller": model.router.target is not None and not blends},
-        meta_router={
-            name: getattr(model.meta_router, name) for name in ("enabled", "pooling", "bias_init", "decay")
+        router={
+            **asdict(model.router),
+            "has_controller": model.router.target is not None and not blends,
         },
+        meta_router=asdict(model.meta_router),
         rbf={"features": model.rbf_features, "gamma": model.rbf_gamma},
         tie_word_embeddings=model.tie_embeddings,
         eos_token_id=eod,
@@ -259,16 +262,35 @@ def native_tensors(
 ) -> dict[str, LazyTensor]:
     """Our tensors from the `transformers` model's.
 
-    Raises CheckpointError naming those that are missing, surplus or of another shape.
+    Raises CheckpointError naming those that are missing, surplus or of another shape, and for a head of its
+    own where the config says that there is none.
     """
     wanted = foreign_shapes(model)
     found = {name: tensor.shape for name, tensor in stored.items()}
     if model.tie_embeddings:
-        found.pop("lm_head.weight", None)  # some tools write the shared table twice
+        found.pop(_HEAD, None)  # some tools write the shared table twice
     refuse(mismatches(wanted, found), folder, "its tensors do not fit its config")
+    if model.tie_embeddings and _HEAD in stored and not _same_values(stored[_HEAD], stored[_TABLE]):
+        raise CheckpointError(
+            f"{folder}: {CONFIG} has tie_word_embeddings true, but {_HEAD} differs from {_TABLE}; set it to "
+            "false, as transformers loads such a folder, or remove the one that is not used"
+        )
     wrong = [f"{n} has dtype {stored[n].dtype}" for n in wanted if not stored[n].dtype.is_floating_point]
     refuse(wrong, folder, "weights must be floating-point")
     return {group.native: _joined(group, [stored[name] for name in group.foreign]) for group in groups(model)}
+
+
+def _same_values(first: LazyTensor, second: LazyTensor) -> bool:
+    """One after the other, so that no two are in memory."""
+    return first is second or (first.shape == second.shape and _digest(first) == _digest(second))
+
+
+def _digest(tensor: LazyTensor) -> bytes:
+    """Of the values, whatever kind of numbers holds them."""
+    found = hashlib.blake2b(digest_size=16)
+    for rows in tensor.load().split(256):
+        found.update(rows.double().contiguous().numpy().data)
+    return found.digest()
 
 
 def _joined(group: Group, parts: list[LazyTensor]) -> LazyTensor:

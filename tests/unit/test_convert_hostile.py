@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from chiar_megatron.checkpoint.store import CheckpointStore, load_state, make_in
 from chiar_megatron.checkpoint.torch_dist import read_metadata
 from chiar_megatron.cli import main
 from chiar_megatron.config.load import to_dict
-from chiar_megatron.config.schema import CheckpointConfig
+from chiar_megatron.config.schema import CheckpointConfig, MetaRouterConfig
 from chiar_megatron.conversion.convert import convert, inspect
-from chiar_megatron.conversion.formats import ConvertOptions
+from chiar_megatron.conversion.formats import ConvertOptions, MegatronOptions
 from chiar_megatron.conversion.journal import Journal
 from chiar_megatron.errors import CheckpointError, ChiarError
 from chiar_megatron.inference.load import load_model
@@ -230,6 +231,73 @@ def test_other_torn_files(made, tmp_path, capsys):
     part = next((folder / "global_step7" / "zero").glob("*/fp32.pt"))
     part.write_bytes(part.read_bytes()[:300])
     assert f"{part.parent.name}/fp32.pt is no PyTorch checkpoint" in refused(capsys, "--inspect", folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("iteration", "x"), ("rotary_base", "x"), ("vocab_size", []), ("kv_channels", "x"),
+        ("hidden_dropout", "x"), ("eod_token", []), ("rotary_seq_len_interpolation_factor", []),
+        ("virtual_pipeline_model_parallel_size", "x"), ("virtual_pipeline_model_parallel_size", 2**40),
+        ("model", "x"),
+    ],
+)  # fmt: skip
+def test_arguments_of_megatrons_of_another_kind(plain_gpt, tmp_path, capsys, field, value):
+    folder = changed(plain_gpt, "torch", tmp_path)
+    path = next(folder.rglob("model_optim_rng.pt"))
+    content = torch.load(path, weights_only=False)
+    if field in ("iteration", "model"):
+        content[field] = value
+    else:
+        setattr(content["args"], field, value)
+    torch.save(content, path)
+    message = refused(capsys, "--inspect", folder)
+    assert field in message.replace("-", "_") and len(message.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def plain_gpt(tmp_path_factory) -> Path:
+    """A model that Megatron-LM's arguments describe, as mp_rank files."""
+    root = tmp_path_factory.mktemp("gpt")
+    config = tiny_config(schedule="A*2", norm="pre")
+    config = replace(config, model=replace(config.model, meta_router=MetaRouterConfig(enabled=False)))
+    save_model(tiny_model(config), root / "native")
+    options = ConvertOptions(megatron=MegatronOptions("torch"))
+    convert("native", "megatron", root / "native", root / "torch", options)
+    return root
+
+
+@pytest.mark.parametrize(("key", "value"), [("buffer_names", 1), ("shared_params", [1]), ("step", 10**400)])
+def test_headers_of_another_kind(made, tmp_path, capsys, key, value):
+    if key == "step":  # of the authors': said to be none
+        torch.save({**wrapped(), key: value}, tmp_path / "a.pt")
+        assert "step 0 assumed" in " ".join(inspect(tmp_path / "a.pt", ConvertOptions())["notes"])
+        return
+    folder = changed(made, "ds", tmp_path)
+    path = next(folder.rglob("mp_rank_00_model_states.pt"))
+    torch.save({**torch.load(path, weights_only=False), key: value}, path)
+    message = refused(capsys, "--inspect", folder)
+    assert f"{key} is no " in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user")
+@pytest.mark.parametrize("name", ["native", "hf", "ds", "megatron", "native/inside", "hf/model.safetensors"])
+def test_what_may_not_be_read_is_named(made, tmp_path, capsys, monkeypatch, name):
+    """As another user, for root may read everything."""
+    place = changed(made, name.split("/")[0], tmp_path)
+    (tmp_path / name if "." in name else place).chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # folders above may be closed too
+    source = name if "inside" in name else place.name
+    target = "huggingface" if "native" in name else "native"
+    kind = {"hf": "huggingface", "ds": "deepspeed"}.get(place.name, place.name)
+    os.seteuid(65534)
+    try:
+        said = [refused(capsys, "--inspect", source)]
+        said += [refused(capsys, "--from", kind, "--to", target, source, "out")]
+    finally:
+        os.seteuid(0)
+    assert all(place.name in line and "ermission denied" in line and line.count("\n") == 1 for line in said)
 
 
 def wrapped(**prefixes: str) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import chiar_megatron.huggingface  # noqa: F401 (registers the model)
 from chiar_megatron.conversion.convert import convert, inspect
 from chiar_megatron.conversion.formats import ConvertOptions, ReferenceOptions
 from chiar_megatron.data.tokenizer import load_tokenizer
 from chiar_megatron.errors import CheckpointError
+from chiar_megatron.huggingface import ChiarConfig, ChiarForCausalLM  # registers the model
 from chiar_megatron.inference.generate import generate
 from chiar_megatron.inference.load import load_model
 from chiar_megatron.model.tensors import tensor_specs
@@ -182,6 +182,46 @@ def test_half_precision_keeps_thresholds_exact(tmp_path):
     assert torch.equal(layer.threshold, native.module.chiar_layers[1].router.threshold)
     model.save_pretrained(tmp_path / "saved")
     assert inspect(tmp_path / "saved", ConvertOptions())["format"] == "huggingface"
+
+
+def test_a_head_of_its_own_is_not_dropped(tmp_path):
+    """transformers loads such a folder untied, whatever its config says."""
+    save_model(tiny_model(tiny_config()), tmp_path / "native")
+    convert("native", "huggingface", tmp_path / "native", tmp_path / "hf", ConvertOptions())
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    for head, is_same in ((table.clone(), True), (table.flip(0), False)):
+        save_file({**weights, "lm_head.weight": head}, tmp_path / "hf/model.safetensors")
+        if is_same:
+            convert("huggingface", "native", tmp_path / "hf", tmp_path / "tied", ConvertOptions())
+            continue
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from .*; set it to false"):
+            convert("huggingface", "native", tmp_path / "hf", tmp_path / "no", ConvertOptions())
+        config = json.loads((tmp_path / "hf/config.json").read_text())
+        (tmp_path / "hf/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+        convert("huggingface", "native", tmp_path / "hf", tmp_path / "untied", ConvertOptions())
+        own = load_model(tmp_path / "untied", device="cpu").module.state_dict()["output_layer.weight"]
+        assert torch.equal(own[: len(head)], head)
+
+
+def test_a_model_made_in_transformers_needs_no_end_token(tmp_path):
+    config = ChiarConfig(schedule="D R A", vocab_size=61, hidden_size=32, max_position_embeddings=32)
+    ChiarForCausalLM(config).save_pretrained(tmp_path / "hf")
+    convert("huggingface", "native", tmp_path / "hf", tmp_path / "native", ConvertOptions())
+    assert load_model(tmp_path / "native", device="cpu").config.data.eod_token is None
+
+
+@pytest.mark.parametrize("target", ["huggingface", "deepspeed"])
+def test_every_field_of_the_model_comes_back(tmp_path, target):
+    router = {
+        "kind": "random", "random_fraction": 0.3, "target": 0.4, "controller_gain": 0.1, "slack": 0.2,
+        "capacity": "none", "dispatch": "dense", "collapse_weight": 0.01,
+    }  # fmt: skip
+    config = tiny_config(router, mup_base_hidden_size=16, tie_embeddings=False, init_std=0.05)
+    save_model(tiny_model(config), tmp_path / "native")
+    convert("native", target, tmp_path / "native", tmp_path / "there", ConvertOptions())
+    convert(target, "native", tmp_path / "there", tmp_path / "back", ConvertOptions())
+    assert load_model(tmp_path / "back", device="cpu").config.model == config.model
 
 
 def test_tokenizers_cut_text_alike(tmp_path):

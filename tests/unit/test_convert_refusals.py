@@ -82,6 +82,55 @@ def test_torn_and_wrong_files_are_refused(tmp_path):
     assert "folder" in refusal(tmp_path, tmp_path)
 
 
+def test_damaged_files_are_refused_by_their_checksums(tmp_path):
+    source, content = tmp_path / "a.pt", bytearray((FIXTURES / "chiar_tiny.pt").read_bytes())
+    reader = torch._C.PyTorchFileReader(str(FIXTURES / "chiar_tiny.pt"))
+    for name, part in (("data/0", "data/0 is not what was written"), ("data.pkl", "data.pkl")):
+        place = reader.get_record_offset(name) + 600
+        content[place] ^= 1
+        source.write_bytes(content)
+        message = refusal(tmp_path, source)
+        assert part in message and "copy it again" in message and len(message.splitlines()) == 1
+        content[place] ^= 1
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(torch.load(FIXTURES / "chiar_tiny.pt", weights_only=True), source)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    converted(source, tmp_path / "native")  # without checksums it is read as before
+
+
+_FULL = """
+import resource, sys
+from chiar_megatron.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+native, *places = sys.argv[1:]
+for place, format, *more in (
+    (places[0], "deepspeed"), (places[1], "megatron", "--checkpoint-format", "torch"),
+    (places[2], "megatron"), (places[3], "reference"),
+):
+    print(main(["convert", "--from", "native", "--to", format, native, place, *more]), file=sys.stderr)
+"""
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    converted(FIXTURES / "chiar_tiny.pt", tmp_path / "native")
+    places = [str(tmp_path / name) for name in "abcd"]
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(tmp_path / "native"), *places],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and lines[1::2] == ["2"] * 4, done.stderr
+    for place, line in zip(places, lines[::2], strict=True):
+        assert line.startswith(f"chiar: {place} cannot be written") and "free space" in line
+        assert not Path(place).exists()
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     weight = torch.zeros(96, 32)
     source = changed_file(tmp_path, layers__1__attn__qkv__weight=None)

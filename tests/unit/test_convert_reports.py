@@ -81,7 +81,8 @@ def numbers_of(path: Path) -> list[tuple[Path, int, int]]:
         elif file.suffix == ".pt" and file.name != "common.pt":
             reader = torch._C.PyTorchFileReader(str(file))
             for name in reader.get_all_records():
-                if name.startswith("data/"):
+                # Of the authors', the frequencies of rotary positions (8 of them) are looked at.
+                if name.startswith("data/") and (file != path or len(reader.get_record(name)) != 32):
                     places.append((file, reader.get_record_offset(name), len(reader.get_record(name))))
     return places
 
@@ -98,8 +99,6 @@ def test_inspect_needs_no_number_but_every_size(checkpoints, tmp_path, kind):
             stream.seek(first)
             stream.write(b"\xff" * length)  # no number at all
     found = inspect(copy, PLAIN)
-    if kind == "reference":  # the frequencies of rotary positions are looked at
-        found["notes"].remove("rope.inv_freq is not that of base 10000, which is used all the same")
     assert {**found, "path": ""} == {**wanted, "path": ""}
     target = "huggingface" if kind == "native" else "native"
     with pytest.raises(ChiarError):
@@ -171,6 +170,8 @@ def test_options_and_places_that_make_no_sense(checkpoints, tmp_path, capsys):
     ):  # fmt: skip
         message = refused(*to_hf, option, value)
         assert option in message and f"is for {where} alone" in message
+    assert "is for --from deepspeed alone" in refused("--inspect", source, "--config", "c.json")
+    assert "neither --to nor a second path" in refused("--inspect", source, *to_hf[2:])
     to_megatron = ("--from", "native", "--to", "megatron", source, tmp_path / "no")
     assert "--checkpoint-format torch alone" in refused(*to_megatron, "--tensor-parallel", 2)
     for inside in (source, source / "hf", source / "step_00000009" / "hf"):
@@ -190,6 +191,28 @@ def test_options_and_places_that_make_no_sense(checkpoints, tmp_path, capsys):
         convert(
             "native", "huggingface", source, tmp_path / "no", ConvertOptions(ReferenceOptions(tau_high=1.0))
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "name"),
+    [
+        ("native", "huggingface", "config.json"), ("native", "megatron", "latest_checkpointed_iteration.txt"),
+        ("native", "deepspeed", "latest"), ("huggingface", "native", "config.yaml"),
+    ],
+)  # fmt: skip
+def test_a_folder_may_bear_the_name_of_a_file_in_it(checkpoints, tmp_path, kind, target, name):
+    convert(kind, target, checkpoints[kind], tmp_path / name, PLAIN)
+    assert (tmp_path / name / name).is_file() and (tmp_path / name / "conversion.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert inspect(tmp_path / name, PLAIN)["format"] == target
+
+
+def test_a_report_beside_a_file_is_not_overwritten(checkpoints, tmp_path):
+    report = tmp_path / "a.pt.conversion.json"
+    report.write_text("of another file")
+    with pytest.raises(CheckpointError, match="a.pt.conversion.json exists already"):
+        convert("native", "reference", checkpoints["native"], tmp_path / "a.pt", PLAIN)
+    assert report.read_text() == "of another file" and [*tmp_path.iterdir()] == [report]
 
 
 def test_ctrl_c_says_one_line_and_the_same_command_goes_on(tmp_path):

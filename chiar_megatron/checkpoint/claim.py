@@ -157,11 +157,17 @@ def claim_run(run_dir: Path) -> Claim:
 def join_claim(run_dir: Path, number: int | None) -> Claim:
     """The claim that a job's script has made for its ranks, or a new one for None.
 
-    Raises FencedError if a newer attempt has begun, and as `claim_run` does.
+    Raises FencedError if a newer attempt has begun, ChiarError if this one began in another folder, and as
+    `claim_run` does.
     """
     if number is None:
         return claim_run(run_dir)
     claim = Claim(run_dir, number)
+    if claim.is_lost() and (not (run_dir / FOLDER).is_dir() or _newest(run_dir) < number):
+        raise ChiarError(
+            f"--attempt {number}: begun in another folder than run_dir {run_dir}; set RUN_DIR in the script "
+            "to the recipe's run_dir"
+        )
     claim.check()
     return claim
 

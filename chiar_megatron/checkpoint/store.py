@@ -31,6 +31,7 @@ from chiar_megatron.checkpoint.files import (
     LATEST,
     MANIFEST,
     CheckpointInfo,
+    complete_steps,
     file_digest,
     find_damage,
     pointed_step,
@@ -184,8 +185,8 @@ class CheckpointStore:
     def find(self, wanted: int | None = None) -> Found:
         """Newest checkpoint whose files all agree with its manifest, or that of step `wanted`.
 
-        A damaged one is set aside as `damaged_step_…` and the one before it taken, saying so.
-        Raises CheckpointError if there is no whole one of step `wanted`.
+        A damaged one is set aside as `damaged_step_…` and one before it taken, saying so. Raises
+        CheckpointError, with nothing moved, if none is whole, or not that of step `wanted`.
         """
         claim = self.claim()
         steps, problems = on_main(self._survey)
@@ -195,17 +196,31 @@ class CheckpointStore:
                     f"checkpoint.load_step {wanted} is not in {self.folder}: there are {steps}"
                 )
             steps = [step for step in steps if step <= wanted]
+        damaged: dict[Path, str] = {}
         for step in reversed(steps):
             folder = step_folder(self.folder, step)
             damage = self.verify(folder)
             if damage is None:
+                problems += on_main(partial(_set_damaged_aside, claim, damaged, f"{folder.name} is taken"))
                 on_main(partial(self._point_to, folder))
                 return Found(folder, problems)
             if step == wanted:
                 raise CheckpointError(f"checkpoint.load_step {wanted}: {folder} is damaged: {damage}")
-            aside = on_main(partial(_set_aside, claim, folder, "damaged"))
-            problems.append(f"{folder} is damaged ({damage}); kept as {aside.name}, the one before is taken")
+            damaged[folder] = damage
+        committed = on_main(self._has_committed)
+        if damaged and committed:
+            newest, damage = next(iter(damaged.items()))
+            more = f"; and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged ({newest.name}: {damage}{more}); restore one, "
+                "or start in another run_dir"
+            )
+        problems += on_main(partial(_set_damaged_aside, claim, damaged, "the run starts anew"))
         return Found(None, problems)
+
+    def _has_committed(self) -> bool:
+        """Whether a save ever came to its end here: it leaves a manifest, then the pointer."""
+        return (self.folder / LATEST).exists() or bool(complete_steps(self.folder))
 
     def _survey(self) -> tuple[list[int], list[str]]:
         """Steps of all checkpoint folders, oldest first, and what is wrong with the pointer."""
@@ -219,7 +234,7 @@ class CheckpointStore:
         steps = sorted(step_folders(self.folder))
         pointer = self.folder / LATEST
         if steps and pointer.exists() and pointed_step(self.folder) not in steps:
-            return steps, [f"{pointer} is torn or names a checkpoint that is gone; the newest one is taken"]
+            return steps, [f"{pointer} is torn or names a checkpoint that is gone; the newest whole is taken"]
         return steps, []
 
     def _point_to(self, folder: Path) -> None:
@@ -337,6 +352,12 @@ def make_info(
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+def _set_damaged_aside(claim: Claim, damaged: dict[Path, str], instead: str) -> list[str]:
+    """Rename them; what to tell of each, with what is done in its place."""
+    asides = {folder: _set_aside(claim, folder, "damaged").name for folder in damaged}
+    return [f"{f} is damaged ({damaged[f]}); kept as {aside}, {instead}" for f, aside in asides.items()]
 
 
 def _set_aside(claim: Claim, folder: Path, prefix: str) -> Path:

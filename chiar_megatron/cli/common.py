@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from chiar_megatron.errors import EXIT_BAD_INPUT, ChiarError
+from chiar_megatron.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, ChiarError
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+_log = logging.getLogger(__name__)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,9 +52,13 @@ def positive(text: str) -> float:
 
 
 def relaunch(processes: int, log_dir: Path | None) -> int:
-    """Start this very command once for each process on this host; returns its exit code."""
+    """Start this very command once for each process on this host; returns its exit code, 1 where a signal
+    ended a rank."""
     from chiar_megatron.runtime.launch import launch_local
 
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes > cores:
+        _log.warning("%d processes (the recipe's layout) share %d core(s) of this host", processes, cores)
     command = [sys.executable, "-m", "chiar_megatron.cli", *sys.argv[1:]]
     try:
         result = launch_local(command, processes, log_dir=log_dir)
@@ -57,4 +66,5 @@ def relaunch(processes: int, log_dir: Path | None) -> int:
         raise ChiarError(f"{log_dir} cannot be written: {error}; choose another run_dir") from None
     if result.message:
         print(result.message, file=sys.stderr)
-    return result.exit_code
+    known = result.exit_code in (EXIT_DONE, EXIT_BAD_INPUT, EXIT_RESUMABLE)
+    return result.exit_code if known else EXIT_FAILED

@@ -112,6 +112,23 @@ def _ask(*command: str) -> list[str] | None:
     return sorted({line.strip() for line in found.stdout.splitlines() if line.strip()})
 
 
+def submit_training(script: Path, preparing: str | None, alone: bool = True) -> str:
+    """Hand a training script to sbatch; returns the job id.
+
+    preparing: the job that it waits for. alone: no other job does; where sbatch refuses, it is cancelled.
+    Raises as `submit_script` does.
+    """
+    waits = [f"--dependency=afterok:{preparing}", "--kill-on-invalid-dep=yes"]
+    try:
+        return submit_script(script, waits if preparing is not None else ())
+    except LaunchError as error:
+        if preparing is None or not alone:
+            raise
+        cancelled = _ask("scancel", preparing) is not None
+        ending = "is cancelled too" if cancelled else f"is still in the queue: `scancel {preparing}`"
+        raise LaunchError(f"{error}; job {preparing}, which prepares the data, {ending}") from None
+
+
 def submit_script(script: Path, options: Sequence[str]) -> str:
     """Hand a script to sbatch; returns the job id. Raises LaunchError with what sbatch said."""
     command = ["sbatch", "--parsable", *options, str(script)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -144,6 +145,12 @@ def _from_mapping(content: Mapping[Any, Any], source: str) -> ClusterConfig:
         texts = value if isinstance(value, tuple) else [value]
         if key != "setup" and any(isinstance(text, str) and "\n" in text for text in texts):
             problems.append(f"{source}: {key}: holds a line break; keep it on one line")
+    for name in values.get("environment", {}):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            problems.append(
+                f"{source}: environment: {shown(name)} is not a variable name; it takes letters, digits and "
+                "_, and no digit first"
+            )
     if values.get("elastic") and values.get("launcher", "srun") != "srun":
         problems.append(f"{source}: elastic: true needs launcher: srun, which each attempt can start anew")
     raise_problems(problems)

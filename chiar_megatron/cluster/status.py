@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 import yaml
 
+from chiar_megatron.checkpoint.files import write_durably
 from chiar_megatron.errors import ConfigError
 from chiar_megatron.metrics.goodput import measure_goodput
 from chiar_megatron.metrics.jsonl import read_lines
@@ -23,6 +24,9 @@ _MARKS = ("exit.json", "environment.json", "metrics.jsonl", "attempts.jsonl", "s
 _DEPTH = 3  # of folders below one that is named
 _TAIL_BYTES = 1 << 18  # of metrics.jsonl that are read
 JOB_FILE = "submit/job.txt"  # of the run folder: the job that was submitted for it
+PREPARATION_FILE = "submit/prepare.txt"  # and the output of the job that it waits for, if it does
+PREPARED = "data is prepared"  # the last line of that output, by slurm/prepare.sbatch
+_EXIT_CHARACTERS = 60  # of a reason, in the table
 _COLUMNS = ("run", "state", "step", "loss", "tokens/s", "restarts", "goodput", "last exit", "job")
 
 
@@ -33,7 +37,8 @@ class RunStatus:
     run: str
     """Path of the run folder."""
     state: str
-    """finished, running, stopped, failed, lost (SLURM knows no such job any more), queued, submitted."""
+    """finished, running, stopped, failed, lost (SLURM knows no such job any more), queued, submitted, not
+    submitted."""
     step: Optional[int]
     steps: Optional[int]
     """Of the whole recipe."""
@@ -56,7 +61,19 @@ class RunStatus:
             str(self.restarts),
             "" if self.goodput is None else f"{self.goodput:.0%}",
         )
-        return [self.run, self.state, *figures, self.last_exit, self.job]
+        reason = self.last_exit
+        if len(reason) > _EXIT_CHARACTERS:
+            reason = reason[: _EXIT_CHARACTERS - 1] + "…"
+        return [self.run, self.state, *figures, reason, self.job]
+
+
+def note_preparation(run_dir: Path, folder: Path, job: Optional[str]) -> None:
+    """Keep which job prepares a run's data, its output in `folder`; None if none does. Raises OSError."""
+    note = run_dir / PREPARATION_FILE
+    if job is None:
+        note.unlink(missing_ok=True)
+    else:
+        write_durably(note, f"{(folder / f'prepare-{job}.out').absolute()}\n")
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
@@ -144,15 +161,29 @@ def _state(folder: Path, attempts: Sequence[Mapping[str, Any]], in_queue: Option
     """What the queue says of a live job counts before the files; the files before a job that is gone."""
     state, reason = run_state(folder)
     if in_queue in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
-        return "queued", reason
+        return "queued", "" if state == "missing" else reason
     if in_queue:
         return "running", ""
     begun = bool(attempts) and attempts[-1].get("event") == "begin"
+    if state == "missing" and not attempts:
+        return _never_begun(folder, in_queue)
     if state == "missing":
         return ("lost" if begun and in_queue == "" else "submitted"), "no step yet"
     if in_queue == "" and (begun or state == "running"):
         return "lost", "its job is gone without a word: its node failed, or it was killed"
     return state, "" if state == "running" else reason
+
+
+def _never_begun(folder: Path, in_queue: Optional[str]) -> tuple[str, str]:
+    """Of a run whose job has left no trace; its job is not in the queue, or that is not known."""
+    if not _text(folder / JOB_FILE):
+        return "not submitted", "sbatch has taken no job for it"
+    if in_queue is None:
+        return "submitted", "no step yet"
+    output = Path(_text(folder / PREPARATION_FILE))
+    if output.name and not _text(output).endswith(PREPARED):
+        return "failed", f"preparation job {output.stem.removeprefix('prepare-')} ({output.name})"
+    return "lost", "its job is gone and never began: cancelled, or see slurm-*.out"
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:

@@ -13,11 +13,18 @@ from pathlib import Path
 from chiar_megatron import __version__
 from chiar_megatron.checkpoint.files import write_durably
 from chiar_megatron.cluster.placement import Placement, place, spread_warnings
-from chiar_megatron.cluster.preflight import check_run, estimates, find_jobs, find_problems, submit_script
+from chiar_megatron.cluster.preflight import (
+    check_run,
+    estimates,
+    find_jobs,
+    find_problems,
+    submit_script,
+    submit_training,
+)
 from chiar_megatron.cluster.prepare import Unprepared, find_unprepared
 from chiar_megatron.cluster.script import prepare_script, pretrain_script
 from chiar_megatron.cluster.site import ClusterConfig, load_cluster
-from chiar_megatron.cluster.status import JOB_FILE
+from chiar_megatron.cluster.status import JOB_FILE, note_preparation
 from chiar_megatron.config.load import dump_config, load_config
 from chiar_megatron.config.problems import raise_problems
 from chiar_megatron.config.schema import RunConfig
@@ -93,16 +100,16 @@ def submit(submission: Submission) -> list[str]:
         write_durably(recipe, dump_config(submission.config))
         write_durably(folder / "version.json", json.dumps({**version, **source}, indent=1))
         write_durably(script, submission.script(recipe, ()))
-        lines, options = [], []
+        lines, preparation = [], None
         if submission.unprepared:
             preparing = folder / "prepare.sbatch"
             write_durably(preparing, prepare_script(run_dir, submission.name, [recipe], submission.cluster))
-            job = submit_script(preparing, ())
-            lines.append(f"job {job} prepares the data on CPUs: {run_dir}/prepare-{job}.out")
-            options = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
+            preparation = submit_script(preparing, ())
+            lines.append(f"job {preparation} prepares the data on CPUs: {run_dir}/prepare-{preparation}.out")
+        note_preparation(run_dir, run_dir, preparation)
     except OSError as error:
         raise ChiarError(f"run_dir {run_dir} cannot be written: {error}; choose another") from None
-    job = submit_script(script, options)
+    job = submit_training(script, preparation)
     write_durably(run_dir / JOB_FILE, f"{job}\n")
     placement = submission.placement
     return [

@@ -14,11 +14,11 @@ import yaml
 
 from chiar_megatron.checkpoint.files import write_durably
 from chiar_megatron.cluster.placement import Placement, place
-from chiar_megatron.cluster.preflight import check_run, find_problems, submit_script
+from chiar_megatron.cluster.preflight import check_run, find_problems, submit_script, submit_training
 from chiar_megatron.cluster.prepare import Unprepared, find_unprepared
 from chiar_megatron.cluster.script import Array, prepare_script, pretrain_script
 from chiar_megatron.cluster.site import ClusterConfig
-from chiar_megatron.cluster.status import JOB_FILE, jobs_in_queue, status_of
+from chiar_megatron.cluster.status import JOB_FILE, jobs_in_queue, note_preparation, status_of
 from chiar_megatron.config.load import dump_config, load_config
 from chiar_megatron.config.problems import raise_problems, shown
 from chiar_megatron.config.schema import RunConfig
@@ -197,7 +197,7 @@ def submit_arrays(submission: SweepSubmission) -> list[str]:
     """
     raise_problems(submission.problems)
     scripts = submission.folder / "submit"
-    lines, options = list(submission.notes), []
+    lines, preparation = list(submission.notes), None
     try:
         scripts.mkdir(parents=True, exist_ok=True)
         for task in (task for array in submission.arrays for task in array.tasks):
@@ -209,14 +209,15 @@ def submit_arrays(submission: SweepSubmission) -> list[str]:
             write_durably(
                 preparing, prepare_script(submission.folder, f"chiar-{first.name}", recipes, first.cluster)
             )
-            job = submit_script(preparing, ())
-            lines.append(f"job {job} prepares the data on CPUs: {submission.folder}/prepare-{job}.out")
-            options = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"]
+            preparation = submit_script(preparing, ())
+            output = f"{submission.folder}/prepare-{preparation}.out"
+            lines.append(f"job {preparation} prepares the data on CPUs: {output}")
         for array in submission.arrays:
             script = scripts / f"{array.name}.sbatch"
             write_durably(script, array.script())
-            job = submit_script(script, options)
+            job = submit_training(script, preparation, alone=array is submission.arrays[0])
             for number, task in enumerate(array.tasks):
+                note_preparation(task.run_dir, submission.folder, preparation)
                 write_durably(task.run_dir / JOB_FILE, f"{job}_{number}\n")
             at_once = "" if array.throttle is None else f", {array.throttle} at once"
             placement = array.placement

@@ -158,6 +158,7 @@ class Trainer:
         self.schedule = Schedule(config, folder.claim, world.is_main, signals)
         restored = restore(config, self.engine, self.store)
         self.step, self.tokens_seen = restored.step, restored.tokens_seen
+        self.first_step = self.step
         self.saved_step = self.step if self.step > 0 else None
         self.bad_in_a_row = 0
         self.save_asked = False
@@ -316,10 +317,17 @@ class Trainer:
 
     def _finish(self, stop_reason: str | None) -> int:
         on_main(self.folder.claim.check)
+        done = self.step >= self.config.training.steps
+        if done and self.bad_in_a_row == self.step - self.first_step > 0:
+            # Without a checkpoint of them the same command tries these steps again.
+            raise NonFiniteError(
+                f"loss or gradient was not finite in all {self.bad_in_a_row} step(s) of this attempt, up to "
+                f"the last, {self.step}; they changed no weights, and no checkpoint was written. Lower "
+                "optimizer.lr or model.init_std, or leave text out with data.skip_samples"
+            )
         self._save(required=True)
         if self.recorder is not None:
             self.recorder.write(self.world.rank)
-        done = self.step >= self.config.training.steps
         if done and self.streams.test and self.config.training.eval_steps > 0:
             started = time.monotonic()
             self.progress.mark("test", self.step)

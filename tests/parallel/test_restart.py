@@ -92,16 +92,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{STEPS:08d}\n"
 
 
-def test_nothing_whole_starts_anew_saying_so(
+def test_nothing_whole_is_refused_on_all_ranks_and_nothing_is_lost(
     server: RunServer, data: str, finished: Path, tmp_path: Path
 ) -> None:
     run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
     for step in (2, 4, 6):
         flip_a_byte(step_folder(run_dir, step))
+    kept = sorted((run_dir / "checkpoints").rglob("*"))
     run = server.start(["pretrain", write_recipe(tmp_path / "r.yaml", recipe(data, run_dir, SAVES))], ranks=2)
-    assert run.wait() == [0, 0], run.output()
-    assert run.output().count("is damaged") == 3
-    assert saved_state(run_dir, STEPS) == saved_state(finished, STEPS)
+    assert run.wait() == [2, 2], run.output()
+    (line,) = [line for line in run.output().splitlines() if line.startswith("chiar: ")]
+    assert f"every checkpoint in {run_dir}/checkpoints is damaged (step_00000006: " in line
+    assert "restore one, or start in another run_dir" in line
+    assert losses(run_dir) == losses(finished) and sorted((run_dir / "checkpoints").rglob("*")) == kept
 
 
 def test_tokenised_files_may_have_moved_but_not_become_others(
@@ -203,6 +206,19 @@ def test_undefined_numbers_stop_the_run_and_keep_older_checkpoints(
     distcp = {name: content for name, content in saved_state(run_dir, bad[-1]).items() if "distcp" in name}
     assert distcp.items() <= saved_state(run_dir, bad[0] - 1).items()
     assert good.keys() == saved_state(run_dir, bad[-1]).keys()
+
+
+def test_a_run_that_never_took_a_step_is_not_done(server: RunServer, data: str, tmp_path: Path) -> None:
+    options: Sections = {"training": {"steps": 3}, "model": {"init_std": 1e30}}
+    path = write_recipe(tmp_path / "r.yaml", recipe(data, tmp_path / "run", options))
+    for _ in range(2):  # again: nothing of it counts as done
+        run = server.start(["pretrain", path], ranks=2)
+        assert run.wait() == [2, 2], run.output()
+        assert "not finite in all 3 step(s) of this attempt, up to the last, 3;" in run.output()
+        ending = json.loads((tmp_path / "run" / "exit.json").read_text())
+        assert ending["exit_code"] == 2 and ending["reason"].startswith("not finite: ")
+    mended = server.start(["pretrain", path, "model.init_std=0.02"], ranks=2)
+    assert mended.wait() == [0, 0], mended.output()
 
 
 def test_a_rate_that_was_lowered_counts_after_a_resume(server: RunServer, data: str, tmp_path: Path) -> None:

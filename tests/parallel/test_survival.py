@@ -192,6 +192,30 @@ def test_a_signal_to_the_command_saves(data: str, tmp_path: Path) -> None:
     assert step_folder(tmp_path / "run", ending["step"]).is_dir()
 
 
+def test_a_killed_rank_is_no_exit_code_of_its_own(data: str, tmp_path: Path) -> None:
+    tensor: Sections = {"parallel": {"tensor_model_parallel_size": 2}, "training": {"steps": 5000}}
+    path = write_recipe(tmp_path / "r.yaml", recipe(data, tmp_path / "run", tensor))
+    command = [sys.executable, "-m", "chiar_megatron.cli", "pretrain", str(path)]
+    core = {min(os.sched_getaffinity(0))}
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, core),
+    )
+    try:
+        launcher = psutil.Process(process.pid)
+        wait_for(lambda: len(launcher.children()) == 2 or process.poll() is not None)
+        launcher.children()[-1].kill()
+        told = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1 and " was ended by SIGKILL" in told, told
+    assert "2 processes (the recipe's layout) share 1 core(s) of this host" in told
+
+
 @pytest.mark.parametrize("in_background", ["false", "true"])
 def test_one_rank_that_cannot_write_stops_neither_training_nor_ranks(
     server: RunServer, data: str, tmp_path: Path, in_background: str

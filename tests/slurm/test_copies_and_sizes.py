@@ -10,6 +10,7 @@ import pytest
 from tests.parallel.tiny_run import Sections, losses, records, step_folder
 from tests.slurm.cluster_run import STEPS, ClusterRun, cluster_run, end_job, same_as
 from tests.slurm.mini_cluster import MiniCluster, alive
+from tests.slurm.test_fleet import status
 
 pytestmark = pytest.mark.timeout(900)  # the cluster and the calm run count for whoever needs them first
 
@@ -145,6 +146,28 @@ def test_a_run_that_keeps_failing_stops(cluster: MiniCluster, data: Path, tmp_pa
     assert facts["Restarts"] == "1"
     assert [(end["reason"], end["step"]) for end in run.attempts()] == [("failure", 0)] * 2
     assert "2 attempts in a row failed after step 0" in run.output()
+
+
+def test_what_keeps_a_run_from_beginning_is_told(cluster: MiniCluster, data: Path, tmp_path: Path) -> None:
+    """sbatch refuses, and leaves no job; then the preparation job fails, and ends the run's."""
+    run = cluster_run(cluster, tmp_path, data, {"data": {"cache_dir": str(tmp_path / "none")}})
+    refused = r"chiar: sbatch refused .*; job \d+, which prepares the data, is cancelled too\n?$"
+    with pytest.raises(AssertionError, match=refused):
+        run.submit("--nodes", "1", sbatch=["--bogus"])
+    cluster.wait_until_idle()
+    assert cluster.command("squeue", "-h") == ""
+    assert [row["state"] for row in status(cluster, run.run_dir)] == ["not submitted"]
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[ "$3" = prepare ] && exit 3\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    try:
+        run.submit("--nodes", "1", python=str(python))
+        cluster.wait_for(run.job, "CANCELLED")
+    finally:
+        end_job(cluster, run.job)
+    (row,) = status(cluster, run.run_dir)
+    job = run.told.partition("\njob ")[2].partition(" prepares")[0]
+    assert (row["state"], row["last_exit"]) == ("failed", f"preparation job {job} (prepare-{job}.out)")
 
 
 def test_a_rank_that_does_not_come_is_no_bad_input(cluster: MiniCluster, data: Path, tmp_path: Path) -> None:

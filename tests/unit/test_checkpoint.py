@@ -73,6 +73,21 @@ def test_a_save_replaces_a_torn_folder_of_its_step(tmp_path: Path) -> None:
     assert read(torn) == (2, 2)
 
 
+def test_only_what_was_once_whole_can_be_damaged(tmp_path: Path) -> None:
+    """A first save that never came to its end is no reason not to begin."""
+    folder = tmp_path / "checkpoints"
+    step_folder(folder, 1).mkdir(parents=True)
+    (step_folder(folder, 1) / "common.pt").write_text("half")
+    found = store(tmp_path).find()
+    assert found.folder is None and "manifest.json is missing" in found.problems[0]
+    save(tmp_path, 2)
+    (step_folder(folder, 2) / "manifest.json").unlink()
+    before = sorted(folder.iterdir())
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged .step_00000002: manifest"):
+        store(tmp_path).find()
+    assert sorted(folder.iterdir()) == before
+
+
 def test_another_tensor_shape_is_one_line(tmp_path: Path) -> None:
     save(tmp_path, 1)
     wanted = state(0.0)["weight"]

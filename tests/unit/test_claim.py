@@ -46,6 +46,14 @@ def test_numbers_grow_and_a_claim_is_lost_to_the_next(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["000002"]
 
 
+def test_an_attempt_of_another_folder_is_one_line(tmp_path: Path) -> None:
+    claim_run(tmp_path / "ran")
+    for other in (tmp_path / "no run", tmp_path / "older"):
+        with pytest.raises(ChiarError, match=f"attempt 2: begun in another folder than run_dir {other}; set"):
+            join_claim(other, 2)
+        claim_run(tmp_path / "older")
+
+
 def test_whoever_claimed_last_has_the_run(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from chiar_megatron.checkpoint.claim import claim_run\n"
     code += "print(*(claim_run(Path(sys.argv[1])).number for _ in range(100)))"

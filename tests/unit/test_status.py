@@ -10,7 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chiar_megatron.cluster.status import JOB_FILE, find_runs, status_of, table
+from chiar_megatron.cluster.status import (
+    JOB_FILE,
+    PREPARED,
+    find_runs,
+    note_preparation,
+    status_of,
+    table,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def write_run(folder: Path, **files: Any) -> Path:
@@ -56,11 +65,31 @@ def test_states_follow_from_files_and_from_the_queue(tmp_path: Path) -> None:
     (run / "exit.json").write_text(json.dumps({"reason": "done", "step": 8, "exit_code": 0}))
     assert (status_of(run, {}).state, status_of(run, {}).last_exit) == ("finished", "time limit")
 
+
+
+def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
     waiting = write_run(tmp_path / "b", submit__recipe_yaml=CONFIG, submit__job_txt="20_3\n")
     (waiting / "environment.json").unlink()
     assert (waiting / JOB_FILE).is_file()
     assert status_of(waiting, {"20_3": "PENDING"}).state == "queued"
+    assert status_of(waiting, {"20_3": "PENDING"}).last_exit == ""
     assert (status_of(waiting, None).state, status_of(waiting, None).steps) == ("submitted", 8)
+    assert status_of(waiting, {}).state == "lost"
+    note_preparation(waiting, tmp_path, "19")
+    row = status_of(waiting, {})
+    assert (row.state, row.last_exit) == ("failed", "preparation job 19 (prepare-19.out)")
+    assert status_of(waiting, None).state == "submitted"
+    (tmp_path / "prepare-19.out").write_text(f"index cache\n{PREPARED}\n")
+    assert status_of(waiting, {}).state == "lost"
+    assert f'echo "{PREPARED}"' in (REPOSITORY / "slurm" / "prepare.sbatch").read_text()
+    (waiting / JOB_FILE).unlink()
+    assert status_of(waiting, {}).state == "not submitted"
+
+
+def test_a_long_reason_is_cut_in_the_table_alone(tmp_path: Path) -> None:
+    ended = {"reason": "error: " + 30 * "all is lost ", "step": 4, "exit_code": 1}
+    row = status_of(write_run(tmp_path, exit_json=ended), None)
+    assert row.last_exit == ended["reason"] and max(map(len, table([row]))) < 200 + len(str(tmp_path))
 
 
 def test_torn_and_missing_files_are_no_error(tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_a_wrong_cluster_file_names_each_key(tmp_path: Path) -> None:
     assert "quote it" in text
 
 
+def test_a_variable_has_a_name_that_bash_takes(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text('environment: {"A B": x, "X;touch /tmp/PWN;Y": y, 1A: z, _A1: good}\n')
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(tmp_path / "c.yaml")
+    told = str(caught.value).splitlines()
+    assert len(told) == 3 and "environment: 'A B' is not a variable name" in told[0]
+
+
 def write_exit(run_dir: Path, reason: str, number: int = 1) -> None:
     record = {"attempt": number, "reason": reason, "step": 5, "exit_code": 75}
     (run_dir / "exit.json").write_text(json.dumps(record))

@@ -66,7 +66,6 @@ def test_states_follow_from_files_and_from_the_queue(tmp_path: Path) -> None:
     assert (status_of(run, {}).state, status_of(run, {}).last_exit) == ("finished", "time limit")
 
 
-
 def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
     waiting = write_run(tmp_path / "b", submit__recipe_yaml=CONFIG, submit__job_txt="20_3\n")
     (waiting / "environment.json").unlink()
